@@ -1,0 +1,123 @@
+"""Ranks and collectives: the one module that calls torch.distributed.
+
+Every function also works in a process without a process group, as rank 0 of 1. None of them is differentiable: the
+gradients of global-batch statistics are written out where they are used and need no collective in the backward pass.
+"""
+
+import datetime
+import os
+import socket
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def active() -> bool:
+    """Whether a process group exists."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    """This process's number among all, from 0."""
+    return dist.get_rank() if active() else 0
+
+
+def world_size() -> int:
+    """The number of processes."""
+    return dist.get_world_size() if active() else 1
+
+
+def is_main() -> bool:
+    """Whether this is rank 0, the one that writes files and talks."""
+    return rank() == 0
+
+
+def start(timeout_minutes: float = 30.0) -> torch.device:
+    """Join the process group that the launcher described in the environment, or be rank 0 of 1, and return this rank's device.
+
+    CUDA with NCCL where there is a GPU, else the CPU; gloo always serves CPU tensors, so that counts can be exchanged
+    without waiting for the GPU. Without a launcher (plain `python recipe.py`) the five variables that it would have set are set here.
+    """
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if not active():
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=timeout_minutes))
+    return device
+
+
+def stop() -> None:
+    """Leave the process group."""
+    if active():
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def exchange_counts(count: int, device: torch.device) -> list[int]:
+    """Every rank's `count`, in rank order. On the host where the process group serves CPU tensors, so that no GPU is waited for."""
+    if world_size() == 1:
+        return [count]
+    on_host = "cpu" in str(dist.get_backend_config())
+    mine = torch.tensor([count], dtype=torch.int64, device="cpu" if on_host else device)
+    counts = torch.empty(world_size(), dtype=torch.int64, device=mine.device)
+    dist.all_gather_into_tensor(counts, mine)
+    return counts.tolist()
+
+
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """The sum of `tensor` over all ranks, in place where there is more than one."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def gather_rows(rows: Tensor, counts: list[int]) -> Tensor:
+    """The rows of all ranks, in rank order: [n, ...] with n = counts[rank] -> [sum(counts), ...].
+
+    One collective, padded to the largest count where they differ. Not differentiable.
+    """
+    if world_size() == 1:
+        return rows
+    longest = max(counts)
+    if rows.shape[0] < longest:
+        rows = torch.cat([rows, rows.new_zeros(longest - rows.shape[0], *rows.shape[1:])])
+    gathered = rows.new_empty(len(counts) * longest, *rows.shape[1:])
+    # gloo does not carry every dtype; moving bits is exact, whatever they mean
+    half = rows.dtype in (torch.bfloat16, torch.float16)
+    source = rows.contiguous()
+    dist.all_gather_into_tensor(gathered.view(torch.int16) if half else gathered, source.view(torch.int16) if half else source)
+    if min(counts) == longest:
+        return gathered
+    return torch.cat([gathered[r * longest : r * longest + count] for r, count in enumerate(counts)])
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Every rank's `value`, in rank order. Small things only."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def broadcast_object(value: Any) -> Any:
+    """Rank 0's `value` on every rank. Small things only."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
