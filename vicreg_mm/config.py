@@ -1,0 +1,362 @@
+"""One run is one frozen `RunConfig`: a recipe writes it, the command line overrides it, the run directory keeps it as JSON.
+
+Imports no torch: a wrong option must be reported before anything slow is loaded.
+"""
+
+import dataclasses
+import difflib
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+BUILTIN_DIGITS = "builtin:digits"
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be: one line that names it, its value and what would do."""
+
+
+@dataclass(frozen=True)
+class InputConfig:
+    """Where the images come from and how they become views."""
+
+    shards: str = ""
+    """Folder (or http(s) URL) of indexed shards; "builtin:digits" for the built-in scans; empty: the smoke profile."""
+    mode: Literal["planned", "resampled"] = "planned"
+    """planned: exact order, exact resume. resampled: webdataset's sampling with replacement, for shards that can only be streamed."""
+    steps_per_epoch: int = 0
+    """Length of an epoch in steps, for `resampled` only."""
+    views: str = "document"
+    """Augmentation preset: document, official, paper, dino, cifar, digits."""
+    image_size: int = 224
+    """Side of a global view in pixels."""
+    slots: int = 64
+    """The data sequence is cut into at most this many parts; a batch draws equally from each."""
+    workers: int = 8
+    """Loader processes per rank; their number changes nothing but speed."""
+    cache: str = ""
+    """Folder for copies of remote shards; empty: a per-user cache."""
+    cache_gib: float = 50.0
+    """Bound of that folder in GiB."""
+    max_bad_share: float = 0.01
+    """Stop when more than this share of the records tried could not be used."""
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """The network whose features are wanted."""
+
+    name: str = "torchvision/resnet50"
+    """torchvision/NAME, timm/NAME or open_clip/NAME."""
+    pooling: Literal["token", "avg"] | None = None
+    """Transformers: class token or mean of the patches; None: the network's own."""
+    stem: Literal["imagenet", "cifar"] = "imagenet"
+    """ResNets: cifar is a 3 x 3 first convolution without max-pool, for images of 32 px."""
+    zero_init_residual: bool | None = None
+    """ResNets: start every residual block as the identity; None: the encoder's default (yes)."""
+    drop_path: float = 0.0
+    """Stochastic depth rate."""
+    forward: Literal["auto", "per_view", "per_resolution"] = "auto"
+    """One forward per view, or per resolution; auto: per view where there is BatchNorm, whose statistics a joint batch would change."""
+
+
+@dataclass(frozen=True)
+class ExpanderConfig:
+    """The projector from features to embeddings, thrown away after pretraining."""
+
+    widths: tuple[int, ...] = (8192, 8192, 8192)
+    """Output width of every layer."""
+    final: Literal["linear", "bn_relu"] = "linear"
+    """linear: no bias and nothing after it (paper, official code); bn_relu: BatchNorm and ReLU after it too (reference document)."""
+    norm: Literal["batch", "layer"] = "batch"
+    """Normalisation inside the expander."""
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """What is minimised."""
+
+    name: str = "vicreg"
+    """A registered objective; `vicreg-mm objectives` lists them."""
+    options: dict[str, float | int | bool | str] = field(default_factory=dict)
+    """Options of the objective: --objective.options.NAME VALUE."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Optimizer and schedule. 1-d and 0-d parameters are never decayed."""
+
+    name: Literal["adamw", "lars", "sgd"] = "adamw"
+    """lars needs ZeRO stage 0."""
+    lr: float = 2e-3
+    """Peak learning rate at a global batch of `lr_batch`; scaled linearly with the batch."""
+    lr_batch: int = 2048
+    """The global batch that `lr` is meant for."""
+    weight_decay: float = 0.04
+    """Decay of parameters with at least two dimensions."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW only."""
+    momentum: float = 0.9
+    """LARS and SGD only."""
+    warmup_epochs: float = 10.0
+    """Linear warm-up, per step."""
+    final_lr_ratio: float = 0.0
+    """The cosine ends at this share of the peak."""
+    clip: float = 0.0
+    """Largest gradient norm; 0: no clipping."""
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How DeepSpeed runs it."""
+
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    """bf16 and fp16 are autocast: weights, statistics and the loss stay float32."""
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    """What DeepSpeed partitions over the ranks: 1 optimizer states, 2 and gradients, 3 and parameters."""
+    activation_checkpointing: bool = False
+    """Recompute the encoder's activations in the backward pass."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When the run is saved, and what is kept."""
+
+    every_epochs: float = 1.0
+    """Save after this many epochs; 0: only by steps."""
+    every_steps: int = 0
+    """Save after this many steps; 0: only by epochs."""
+    keep: int = 2
+    """The last so many are kept."""
+    milestone_epochs: int = 100
+    """Multiples of this many epochs are kept for good; 0: none."""
+
+
+@dataclass(frozen=True)
+class MonitorConfig:
+    """What is written down."""
+
+    log_every: int = 10
+    """Steps between two lines of metrics.jsonl."""
+    gauge_every: int = 500
+    """Steps between two measurements of the features' effective rank."""
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """The table at the end: kNN and linear probes of raw pixels, a random and the pretrained encoder."""
+
+    train: str = ""
+    """Indexed, labelled shards to fit on; empty: no table."""
+    test: str = ""
+    """Indexed, labelled shards that are held out."""
+    limit: int = 0
+    """Use at most this many training images; 0: all."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A complete run."""
+
+    name: str
+    """The recipe's name: the run directory is runs/NAME-NNN unless `run` is given."""
+    input: InputConfig = InputConfig()
+    encoder: EncoderConfig = EncoderConfig()
+    expander: ExpanderConfig = ExpanderConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optim: OptimConfig = OptimConfig()
+    engine: EngineConfig = EngineConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    monitor: MonitorConfig = MonitorConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    batch: int = 2048
+    """Global batch: the sum over all ranks."""
+    epochs: int = 100
+    """Passes over the data."""
+    steps: int = 0
+    """Stop the schedule after this many steps instead of `epochs`; 0: by epochs."""
+    seed: int = 0
+    """Of the weights, the data order and the views."""
+    run: str = ""
+    """The run directory; empty: the next free runs/NAME-NNN."""
+    resume: bool = False
+    """Go on with `run`, or with the newest run of this recipe."""
+    smoke: bool = False
+    """The smoke profile: the same code path with a toy encoder on the built-in digits, for a few dozen steps."""
+    deepspeed_config: str = ""
+    """A DeepSpeed JSON file whose settings are merged over ours."""
+
+    @property
+    def peak_lr(self) -> float:
+        """The peak learning rate at this run's batch."""
+        return self.optim.lr * self.batch / self.optim.lr_batch
+
+
+def smoke_profile(config: RunConfig) -> RunConfig:
+    """The same run in miniature: a toy encoder of the same family, the built-in digits, 40 steps; everything else as in the recipe."""
+    is_vit = "vit" in config.encoder.name.lower()
+    encoder = dataclasses.replace(config.encoder, name="timm/test_vit" if is_vit else "timm/test_resnet", stem="imagenet")
+    size = 64 if is_vit else 32
+    return dataclasses.replace(
+        config,
+        input=dataclasses.replace(config.input, shards=BUILTIN_DIGITS, mode="planned", image_size=size, workers=min(config.input.workers, 1)),
+        encoder=encoder,
+        expander=dataclasses.replace(config.expander, widths=tuple(min(width, 256) for width in config.expander.widths)),
+        optim=dataclasses.replace(config.optim, warmup_epochs=0.5),
+        engine=dataclasses.replace(config.engine, precision="fp32"),
+        checkpoint=dataclasses.replace(config.checkpoint, every_epochs=1.0, milestone_epochs=0),
+        monitor=MonitorConfig(log_every=5, gauge_every=20),
+        evaluation=EvaluationConfig(train=BUILTIN_DIGITS, test=BUILTIN_DIGITS + ":test"),
+        batch=64,
+        epochs=2,
+        steps=40,
+        smoke=True,
+    )
+
+
+def parse(recipe: RunConfig, arguments: list[str]) -> RunConfig:
+    """The recipe's configuration with the command line's overrides, in the smoke profile where it asks for that or names no data.
+
+    Options of the objective that the recipe does not set are taken as --objective.options.NAME VALUE; the launcher's
+    --local_rank is dropped. Raises ConfigError for an unknown option; a malformed value exits with the parser's message.
+    """
+    import tyro
+
+    config, unknown = tyro.cli(
+        RunConfig,
+        prog=f"deepspeed recipes/{recipe.name}.py",
+        default=recipe,
+        args=arguments,
+        return_unknown_args=True,
+        console_outputs=os.environ.get("RANK", "0") == "0",
+    )
+    options = _objective_options(unknown)
+    config = dataclasses.replace(config, objective=dataclasses.replace(config.objective, options={**config.objective.options, **options}))
+    if config.smoke or not config.input.shards:
+        config = smoke_profile(config)
+    check(config)
+    return config
+
+
+def check(config: RunConfig) -> None:
+    """Raise ConfigError for values that no run can have."""
+    positive = {"batch": config.batch, "epochs": config.epochs, "optim.lr": config.optim.lr, "optim.lr_batch": config.optim.lr_batch,
+                "input.image_size": config.input.image_size, "input.slots": config.input.slots, "monitor.log_every": config.monitor.log_every,
+                "monitor.gauge_every": config.monitor.gauge_every, "checkpoint.keep": config.checkpoint.keep}  # fmt: skip
+    for name, value in positive.items():
+        if value <= 0:
+            raise ConfigError(f"{name} is {value}; it must be positive")
+    not_negative = {"steps": config.steps, "optim.weight_decay": config.optim.weight_decay, "optim.warmup_epochs": config.optim.warmup_epochs,
+                    "optim.clip": config.optim.clip, "input.workers": config.input.workers, "checkpoint.every_epochs": config.checkpoint.every_epochs,
+                    "checkpoint.every_steps": config.checkpoint.every_steps}  # fmt: skip
+    for name, value in not_negative.items():
+        if value < 0:
+            raise ConfigError(f"{name} is {value}; it cannot be negative")
+    if config.batch < 2:
+        raise ConfigError(f"batch is {config.batch}; the variance over a batch needs at least 2 samples")
+    if not 0 <= config.optim.final_lr_ratio <= 1:
+        raise ConfigError(f"optim.final_lr_ratio is {config.optim.final_lr_ratio}; it is a share of the peak, from 0 to 1")
+    if not 0 <= config.input.max_bad_share <= 1:
+        raise ConfigError(f"input.max_bad_share is {config.input.max_bad_share}; it is a share, from 0 to 1")
+    if config.optim.name == "lars" and config.engine.zero_stage > 0:
+        raise ConfigError(
+            f"optim.name lars with engine.zero_stage {config.engine.zero_stage}: ZeRO flattens the parameters and LARS would lose the "
+            "norm of each layer; use --engine.zero_stage 0 or --optim.name adamw"
+        )
+    if config.engine.precision == "fp16" and config.engine.zero_stage > 0:
+        raise ConfigError(
+            f"engine.precision fp16 with engine.zero_stage {config.engine.zero_stage}: DeepSpeed's autocast would keep a loss scale of its own "
+            "on every rank; use --engine.precision bf16 or --engine.zero_stage 0"
+        )
+    if config.input.mode == "resampled" and config.input.steps_per_epoch <= 0:
+        raise ConfigError("input.mode resampled has no end of its own: give --input.steps_per_epoch")
+    if config.input.mode == "planned" and config.input.steps_per_epoch:
+        raise ConfigError("input.steps_per_epoch has no effect with input.mode planned: the data set's size decides")
+    if bool(config.evaluation.train) != bool(config.evaluation.test):
+        raise ConfigError("evaluation.train and evaluation.test go together: one of them is empty")
+
+
+def _objective_options(unknown: list[str]) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    words = iter(unknown)
+    prefix = "--objective.options."
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name.replace("-", "_") == "__local_rank":
+            if not equals:
+                next(words, None)
+        elif name.startswith(prefix):
+            value = value if equals else next(words, "")
+            if not value:
+                raise ConfigError(f"option {name} lacks a value")
+            try:
+                options[name.removeprefix(prefix)] = json.loads(value.lower() if value in ("True", "False") else value)
+            except json.JSONDecodeError:
+                options[name.removeprefix(prefix)] = value
+        else:
+            known = [f"--{key}" for key in to_flat(RunConfig(name="")) if key != "name"]
+            close = difflib.get_close_matches(name.replace("-", "_").replace("__", "--", 1), known, n=3, cutoff=0.5)
+            raise ConfigError(f"unknown option {name}; " + (f"closest: {', '.join(close)}" if close else "--help lists all"))
+    return options
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    """Plain nested data, as it stands in config.json."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def to_flat(config: RunConfig) -> dict[str, Any]:
+    """Dotted names to values; the objective's options apart."""
+    flat: dict[str, Any] = {}
+    for key, value in to_dict(config).items():
+        if isinstance(value, dict):
+            flat.update({f"{key}.{inner}": content for inner, content in value.items()})
+        else:
+            flat[key] = value
+    return flat
+
+
+def from_dict(data: dict[str, Any]) -> RunConfig:
+    """The inverse of `to_dict`; raises ConfigError for a key that no RunConfig has."""
+    values: dict[str, Any] = {}
+    for outer in dataclasses.fields(RunConfig):
+        if outer.name not in data:
+            continue
+        value = data[outer.name]
+        if dataclasses.is_dataclass(outer.type):
+            known = {inner.name for inner in dataclasses.fields(outer.type)}
+            extra = sorted(set(value) - known)
+            if extra:
+                raise ConfigError(f"unknown configuration key {outer.name}.{extra[0]}; known: {', '.join(sorted(known))}")
+            value = outer.type(**{k: tuple(v) if isinstance(v, list) else v for k, v in value.items()})  # type: ignore[operator]
+        values[outer.name] = value
+    extra = sorted(set(data) - {outer.name for outer in dataclasses.fields(RunConfig)})
+    if extra:
+        raise ConfigError(f"unknown configuration key {extra[0]}; known: {', '.join(outer.name for outer in dataclasses.fields(RunConfig))}")
+    return RunConfig(**values)
+
+
+def save(config: RunConfig, path: Path) -> None:
+    """Write the configuration as JSON."""
+    path.write_text(json.dumps(to_dict(config), indent=2) + "\n")
+
+
+def load(path: Path) -> RunConfig:
+    """Read a configuration that `save` wrote."""
+    return from_dict(json.loads(path.read_text()))
+
+
+FREE_TO_CHANGE = ("run", "resume", "deepspeed_config", "input.workers", "input.cache", "input.cache_gib", "input.shards", "input.max_bad_share",
+                  "engine.zero_stage", "engine.activation_checkpointing", "checkpoint.", "monitor.", "evaluation.")  # fmt: skip
+"""What a resumed run may set anew: none of it moves the loss (the shards may have moved; their contents are compared by the checkpoint)."""
+
+
+def differences(before: RunConfig, now: RunConfig) -> list[str]:
+    """`name: before -> now` for every setting that a resumed run may not change."""
+    old, new = to_flat(before), to_flat(now)
+    return [
+        f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in sorted(old | new)
+        if old.get(key) != new.get(key) and not key.startswith(FREE_TO_CHANGE)
+    ]  # fmt: skip
