@@ -1,0 +1,189 @@
+"""From a position (epoch, step) to the rows of the data set: a pure function, so that the place in the data is two numbers.
+
+(seed, epoch) gives a permutation of the shards, hence one sequence of all samples. It is rotated by an offset of (seed, epoch),
+so that the fewer than `batch` samples which fill no batch are other ones each epoch, and cut into `slots` equal runs. Each slot
+is shuffled in blocks. Global batch t is the next batch / slots samples of every slot, slot by slot; a rank takes its rows of it.
+Nothing here depends on the number of ranks or workers, and never more than the blocks in use are in memory.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+# the second word of every seed: three streams that never meet
+_SHARD_ORDER, _ROTATION, _BLOCK = 0, 1, 2
+
+
+@dataclass(frozen=True, order=True)
+class Position:
+    """The next global batch to take: number `step` of epoch `epoch`, both from 0, counted in batches attempted."""
+
+    epoch: int = 0
+    step: int = 0
+
+
+def default_slots(batch: int, limit: int = 64) -> int:
+    """The largest divisor of `batch` that is at most `limit`."""
+    if batch < 1:
+        raise ValueError(f"batch {batch} is not positive")
+    return max(n for n in range(1, min(batch, limit) + 1) if batch % n == 0)
+
+
+def _raw(count: int, *words: int) -> np.ndarray:
+    """`count` random uint64, a pure function of the words. Philox's raw output and SeedSequence are what numpy promises never to change."""
+    return np.random.Philox(np.random.SeedSequence(words)).random_raw(count)
+
+
+def _permutation(count: int, *words: int) -> np.ndarray:
+    """A permutation of range(count), a pure function of the words (not Generator.permutation, which numpy may change)."""
+    return np.argsort(_raw(count, *words), kind="stable").astype(np.int32)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which samples make up which global batch.
+
+    counts: samples per shard, in index order. batch: the global batch. seed: of the order, in [0, 2^32). slots: fixed for a run and
+    saved with it, must divide the batch; see `default_slots`. block: samples that are shuffled together within a slot: more mixes
+    further, and has more shards in use at a time.
+    Raises ValueError for an empty set, a batch larger than the set, or slots that do not divide the batch.
+    """
+
+    counts: tuple[int, ...]
+    batch: int
+    seed: int
+    slots: int
+    block: int = 4096
+
+    def __post_init__(self) -> None:
+        if not sum(self.counts):
+            raise ValueError("the shard set is empty: no samples to plan batches of")
+        if self.batch < 1 or self.block < 1 or not 0 <= self.seed < 2**32:
+            raise ValueError(f"batch {self.batch} and block {self.block} must be positive, seed {self.seed} in [0, 2^32)")
+        if self.batch > self.num_samples:
+            raise ValueError(f"batch {self.batch} is larger than the data set of {self.num_samples} samples; lower it or add shards")
+        if self.slots < 1 or self.batch % self.slots:
+            raise ValueError(f"slots {self.slots} do not divide the batch {self.batch}; {default_slots(self.batch)} would")
+
+    @cached_property
+    def num_samples(self) -> int:
+        return sum(self.counts)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Global batches per epoch; the num_samples % batch samples that fill none are left out, other ones each epoch."""
+        return self.num_samples // self.batch
+
+    def next(self, position: Position) -> Position:
+        """The position after this one."""
+        if position.step + 1 < self.steps_per_epoch:
+            return Position(position.epoch, position.step + 1)
+        return Position(position.epoch + 1, 0)
+
+    def positions(self, start: Position, end_epoch: int) -> Iterator[Position]:
+        """All positions from `start` on, up to but without the first of `end_epoch`."""
+        self._check(start.epoch, start.step)
+        position = start
+        while position.epoch < end_epoch:
+            yield position
+            position = self.next(position)
+
+    def rows(self, epoch: int, step: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Rows `start` to `stop` of a global batch, as numbers of samples in index order: int64 [stop - start]."""
+        self._check(epoch, step)
+        stop = self.batch if stop is None else stop
+        if not 0 <= start <= stop <= self.batch:
+            raise ValueError(f"rows {start} to {stop} do not exist in a batch of {self.batch}")
+        share = self.batch // self.slots
+        parts = [np.empty(0, np.int64)]
+        for slot in range(start // share, -(-stop // share)):
+            first, last = max(start - slot * share, 0), min(stop - slot * share, share)
+            parts += self._slot(epoch, slot, step * share + first, step * share + last)
+        ends, shift, rotation = self._sequence(epoch)
+        places = (np.concatenate(parts) + rotation) % self.num_samples
+        return places + shift[np.searchsorted(ends, places, side="right")]
+
+    def shards_in_use(self, epoch: int, step: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """The shards that the current blocks of the slots behind these rows touch: what a cache should hold at a time."""
+        self._check(epoch, step)
+        stop = self.batch if stop is None else stop
+        share, length = self.batch // self.slots, self._slot_length
+        order, (ends, _, rotation) = self._order(epoch), self._sequence(epoch)
+        used: set[int] = set()
+        for slot in range(start // share, -(-stop // share)):
+            first, last = self._block_range(slot, self._block_of(slot, step * share))
+            places = np.array([slot * length + first, slot * length + last - 1]) + rotation
+            low, high = np.searchsorted(ends, places % self.num_samples, side="right")
+            wraps = places[1] // self.num_samples > places[0] // self.num_samples
+            used.update([*range(low, len(ends)), *range(high + 1)] if wraps else range(low, high + 1))
+        return np.sort(order[sorted(used)])
+
+    def _check(self, epoch: int, step: int) -> None:
+        if epoch < 0 or not 0 <= step < self.steps_per_epoch:
+            raise ValueError(f"there is no step {step} of epoch {epoch}: steps run from 0 to {self.steps_per_epoch - 1}")
+
+    @cached_property
+    def _sequences(self) -> dict[int, tuple[np.ndarray, np.ndarray, int]]:
+        return {}
+
+    @cached_property
+    def _blocks(self) -> OrderedDict[tuple[int, int, int], np.ndarray]:
+        return OrderedDict()
+
+    @cached_property
+    def _slot_length(self) -> int:
+        return self.steps_per_epoch * (self.batch // self.slots)
+
+    @cached_property
+    def _block_length(self) -> int:
+        return -(-self._slot_length // -(-self._slot_length // self.block))
+
+    def _order(self, epoch: int) -> np.ndarray:
+        return _permutation(len(self.counts), self.seed, _SHARD_ORDER, epoch)
+
+    def _sequence(self, epoch: int) -> tuple[np.ndarray, np.ndarray, int]:
+        """The epoch's shards one after another: where each ends, what to add to a place in it to get its row, the rotation."""
+        found = self._sequences.get(epoch)
+        if found is None:
+            order = self._order(epoch)
+            counts = np.array(self.counts, np.int64)
+            ends = np.cumsum(counts[order])
+            shift = (np.cumsum(counts) - counts)[order] - (ends - counts[order])
+            found = ends, shift, int(_raw(1, self.seed, _ROTATION, epoch)[0] % np.uint64(self.num_samples))
+            if len(self._sequences) > 1:
+                self._sequences.clear()
+            self._sequences[epoch] = found
+        return found
+
+    def _head(self, slot: int) -> int:
+        """How much shorter a slot's first block is: staggered, so that the slots do not all change shards at the same step."""
+        return slot * self._block_length // self.slots if self._block_length < self._slot_length else 0
+
+    def _block_of(self, slot: int, place: int) -> int:
+        return (place + self._head(slot)) // self._block_length
+
+    def _block_range(self, slot: int, block: int) -> tuple[int, int]:
+        first = block * self._block_length - self._head(slot)
+        return max(first, 0), min(first + self._block_length, self._slot_length)
+
+    def _slot(self, epoch: int, slot: int, start: int, stop: int) -> Iterator[np.ndarray]:
+        """Places `start` to `stop` of a slot after shuffling, as places in the epoch's sequence before rotation."""
+        while start < stop:
+            block = self._block_of(slot, start)
+            first, last = self._block_range(slot, block)
+            end = min(stop, last)
+            order = self._block_order(epoch, slot, block, last - first)
+            yield slot * self._slot_length + first + order[start - first : end - first].astype(np.int64)
+            start = end
+
+    def _block_order(self, epoch: int, slot: int, block: int, length: int) -> np.ndarray:
+        key = (epoch, slot, block)
+        found = self._blocks.get(key)
+        if found is None:
+            found = self._blocks[key] = _permutation(length, self.seed, _BLOCK, epoch, slot, block)
+            if len(self._blocks) > 2 * self.slots:
+                self._blocks.popitem(last=False)
+        return found
