@@ -1,0 +1,95 @@
+"""The table at the end of a run: what an encoder learned, beside raw pixels and the encoder it started from."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vicreg_mm import distributed
+from vicreg_mm.evaluation.features import Encode, extract_features, raw_pixels
+from vicreg_mm.evaluation.knn import knn_accuracy
+from vicreg_mm.evaluation.linear_probe import few_labels, linear_probe
+
+K = 20
+DRAWS = 5
+
+
+def compare_encoders(
+    encoders: Mapping[str, Encode], train_loader: Any, test_loader: Any, device: torch.device | str = "cpu", k: int = K
+) -> list[dict[str, Any]]:
+    """One row per encoder, raw pixels first, each measured on the same held-out set; every rank returns the same JSON-able rows.
+
+    encoders: name -> `encode` as for `extract_features`. The loaders give this rank's part of the two sets, in order and without
+    augmentation. k is cut to the size of the train set. Rank 0 computes, the others wait.
+    Raises ValueError, on every rank, if both loaders read the same shards.
+    """
+    if train_loader.index.folder.resolve() == test_loader.index.folder.resolve():
+        raise ValueError(f"train and test samples are both from {train_loader.index.folder}: an accuracy on them would mean nothing")
+    rows = []
+    for name, encode in {"raw pixels": raw_pixels, **encoders}.items():
+        train = extract_features(encode, train_loader, device)
+        test = extract_features(encode, test_loader, device)
+        rows.append(_on_main(name, *train, *test, k))
+    return rows
+
+
+def measure(
+    name: str, train_features: Tensor, train_labels: Tensor, test_features: Tensor, test_labels: Tensor, k: int = K
+) -> dict[str, Any]:
+    """The three measurements of one encoder as a row of the table; accuracies in [0, 1]."""
+    sets = train_features, train_labels, test_features, test_labels
+    mean, std = few_labels(*sets, per_class=1, draws=DRAWS)
+    return {
+        "encoder": name,
+        "num_features": train_features.shape[1],
+        "num_train": len(train_features),
+        "num_test": len(test_features),
+        "k": min(k, len(train_features)),
+        "knn": knn_accuracy(*sets, k=min(k, len(train_features))),
+        "linear": linear_probe(*sets),
+        "one_label": mean,
+        "one_label_std": std,
+        "draws": DRAWS,
+    }
+
+
+def evaluation_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows of `compare_encoders` as fixed-width text, accuracies in percent, the sizes of the two sets below."""
+    head = ["top-1 accuracy, %", "features", "kNN", "linear probe", "linear probe, 1 label/class"]
+    cells = [
+        [
+            row["encoder"],
+            str(row["num_features"]),
+            f"{100 * row['knn']:.1f}",
+            f"{100 * row['linear']:.1f}",
+            f"{100 * row['one_label']:.1f} ± {100 * row['one_label_std']:.1f}",
+        ]
+        for row in rows
+    ]
+    widths = [max(map(len, column)) for column in zip(head, *cells, strict=True)]
+    rule = "-" * (sum(widths) + 3 * (len(widths) - 1))
+    first = rows[0]
+    foot = (
+        f"{first['num_train']:,} train and {first['num_test']:,} held-out images; kNN with k = {first['k']}; "
+        f"1 label/class: mean ± standard deviation of {first['draws']} draws"
+    )
+    return "\n".join([_line(head, widths), rule, *(_line(row, widths) for row in cells), rule, foot])
+
+
+def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
+    return "   ".join([cells[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True))])
+
+
+def _on_main(*measured: Any) -> dict[str, Any]:
+    """`measure` on rank 0 for all; an error there is raised on every rank, so that none waits for ever."""
+    outcome: Any = None
+    if distributed.is_main():
+        try:
+            outcome = measure(*measured)
+        except ValueError as error:
+            outcome = str(error)
+    outcome = distributed.broadcast_object(outcome)
+    if isinstance(outcome, str):
+        raise ValueError(outcome)
+    return outcome
