@@ -1,0 +1,79 @@
+"""The built-in data set: scikit-learn's 1,797 scans of handwritten digits, as webdataset shards on first use."""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from vicreg_mm.input.shards import write_index
+from vicreg_mm.input.writing import write_tar
+
+SPLITS = ("train", "test")
+NUM_TEST = 297  # of 1,797
+NUM_SHARDS = {"train": 8, "test": 2}
+SIDE = 32
+EDITION = "digits-1"  # part of the cache folder's name; raise it when the shards change
+
+
+def cache_folder() -> Path:
+    """Where built-in data is kept: $VICREG_MM_CACHE, else $XDG_CACHE_HOME/vicreg_mm, else ~/.cache/vicreg_mm."""
+    own = os.environ.get("VICREG_MM_CACHE")
+    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vicreg_mm"
+
+
+def digits(split: str, folder: str | Path | None = None) -> Path:
+    """The folder of the indexed shards of one split of the digits, written on first use.
+
+    1,500 train and 297 test scans, drawn with a seed, class by class; 8 x 8 scans enlarged to 32 x 32 gray PNGs, labels 0 to 9.
+    Several processes may ask at once: each builds its own and the first to finish puts it in place.
+    folder: kept there rather than in the cache, as folder/train and folder/test. Raises ValueError for another split.
+    Source: UCI "Optical Recognition of Handwritten Digits", test part, as scikit-learn bundles it.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"unknown split '{split}' of the digits; known: {', '.join(SPLITS)}")
+    place = (Path(folder) if folder is not None else cache_folder() / EDITION) / split
+    if (place / "index.json").is_file():
+        return place
+    if place.exists() and any(place.iterdir()):
+        raise ValueError(f"{place} holds files but no index.json; remove it and the digits are written again")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    building = Path(tempfile.mkdtemp(prefix=f".{split}-", dir=place.parent))
+    try:
+        _write(split, building)
+        building.chmod(0o755)
+        try:
+            os.rename(building, place)
+        except OSError:
+            if not (place / "index.json").is_file():
+                raise
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    return place
+
+
+def _write(split: str, folder: Path) -> None:
+    scans, labels = _split(split)
+    for n, rows in enumerate(np.array_split(np.arange(len(scans)), NUM_SHARDS[split])):
+        samples = ({"__key__": f"{split}-{row:04d}", "png": _png(scans[row]), "cls": str(labels[row]).encode()} for row in rows)
+        write_tar(folder / f"digits-{split}-{n}.tar", samples)
+    write_index(folder)
+
+
+def _split(split: str) -> tuple[np.ndarray, np.ndarray]:
+    """The scans [n, 8, 8], values 0 to 16, and labels [n] of one split, in a shuffled order."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    scans, labels = load_digits(return_X_y=True)
+    parts = train_test_split(scans.reshape(-1, 8, 8), labels, test_size=NUM_TEST, stratify=labels, random_state=0)
+    return parts[SPLITS.index(split)], parts[2 + SPLITS.index(split)]
+
+
+def _png(scan: np.ndarray) -> bytes:
+    large = cv2.resize(scan.astype(np.float32) * (255 / 16), (SIDE, SIDE), interpolation=cv2.INTER_CUBIC)
+    done, data = cv2.imencode(".png", np.clip(np.rint(large), 0, 255).astype(np.uint8))
+    assert done
+    return data.tobytes()

@@ -1,0 +1,240 @@
+"""Images into shards: a seeded shuffle of the whole set, whole shards per process, resumable, the same bytes with any number of processes.
+
+Position p of the seeded permutation belongs to shard p // samples_per_shard, before any image is looked at; a bad image only makes its
+shard shorter. So a shard depends on nothing but the images, the seed and the shard size, and each can be written again on its own.
+"""
+
+import fcntl
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+from webdataset import TarWriter
+
+from vicreg_mm.input.decode import BadImage, decode
+from vicreg_mm.input.shards import ShardIndex, write_index
+
+PARTIAL = ".partial"  # what is not finished yet, and one report per finished shard; removed at the end
+SETTINGS = "source.json"
+SIGNATURES = {"jpg": b"\xff\xd8\xff", "png": b"\x89PNG\r\n\x1a\n", "webp": b"RIFF"}
+
+
+class Item(NamedTuple):
+    """One image: the file `name` below the listing's root or, where `size` is given, the bytes at `offset` of the root, a tar."""
+
+    name: str
+    label: int | None
+    offset: int = 0
+    size: int | None = None
+
+
+@dataclass(frozen=True)
+class Listing:
+    """All images of a source in a fixed order; `classes` names the labels 0, 1, ... and is empty where there are none."""
+
+    root: Path
+    items: list[Item]
+    classes: list[str]
+    ignored: int = 0
+
+
+@dataclass(frozen=True)
+class Written:
+    """What lies in the folder now, and the bad images as (name, reason); `new_shards` of the shards were written by this call."""
+
+    samples: int
+    shards: int
+    new_shards: int
+    bad: list[tuple[str, str]]
+
+
+def write_tar(path: Path, samples: Iterable[dict[str, Any]]) -> int:
+    """Write webdataset samples (`__key__` and bytes by extension) as one tar whose bytes depend on them only; returns their number."""
+    count = 0
+    with open(path, "wb") as stream:
+        with TarWriter(stream, encoder=False, mtime=0, user="", group="", mode=0o644) as writer:
+            for count, sample in enumerate(samples, start=1):  # noqa: B007
+                writer.write(sample)
+        stream.flush()
+        os.fsync(stream.fileno())
+    return count
+
+
+def write_shards(
+    listing: Listing, folder: Path, samples_per_shard: int = 1000, seed: int = 0, jobs: int = 1, progress: bool = False
+) -> Written:
+    """Shuffle the images with `seed` and write them, bytes untouched, as indexed shards with `classes.json` and `bad.json` beside them.
+
+    A folder that this function began with the same settings is continued: finished shards are kept. Each image is decoded once to see
+    that it is whole; a bad one is left out and listed in `bad.json`.
+    Raises ValueError if the listing is empty, if no image can be decoded, or if the folder holds anything else.
+    """
+    if not listing.items:
+        raise ValueError(f"no images in {listing.root}")
+    if samples_per_shard < 1 or jobs < 1:
+        raise ValueError(f"samples_per_shard and jobs must be at least 1, not {samples_per_shard} and {jobs}")
+    settings = _settings(listing, samples_per_shard, seed)
+    _claim(folder, settings)
+    if (folder / "index.json").exists():
+        index, bad = ShardIndex.open(folder), json.loads((folder / "bad.json").read_text())
+        return Written(index.num_samples, len(index.shards), 0, [tuple(pair) for pair in bad])
+    with _locked(folder):
+        new, reports = _write_missing(listing, folder, samples_per_shard, seed, jobs, progress)
+        bad = sorted(tuple(pair) for report in reports for pair in report["bad"])
+        if len(bad) == len(listing.items):
+            shutil.rmtree(folder / PARTIAL)
+            (folder / SETTINGS).unlink()
+            raise ValueError(f"none of the {len(bad)} images in {listing.root} can be used; the first: {bad[0][0]}: {bad[0][1]}")
+        _write_json(folder / "bad.json", bad)
+        if listing.classes:
+            _write_json(folder / "classes.json", listing.classes)
+        index = write_index(folder)
+        shutil.rmtree(folder / PARTIAL)
+    return Written(index.num_samples, len(index.shards), new, bad)
+
+
+def _settings(listing: Listing, samples_per_shard: int, seed: int) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    for item in listing.items:
+        digest.update(f"{item.name}\0{item.label}\n".encode("utf-8", "surrogateescape"))
+    return {"images": len(listing.items), "listing": digest.hexdigest()[:16], "samples_per_shard": samples_per_shard, "seed": seed}
+
+
+def _claim(folder: Path, settings: dict[str, Any]) -> None:
+    """Begin in an empty or new folder, or make sure that it was begun with these settings."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; name a folder for the shards")
+    file = folder / SETTINGS
+    if file.exists():
+        begun = json.loads(file.read_text())
+        for key, value in settings.items():
+            if begun.get(key) != value:
+                raise ValueError(f"{folder} was begun with {key} {begun.get(key)}, not {value}; use the same or name another folder")
+    elif folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} holds something else ({min(p.name for p in folder.iterdir())}); name a new or empty folder")
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_json(file, settings)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    (folder / PARTIAL).mkdir(exist_ok=True)
+    with open(folder / PARTIAL / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process is writing to {folder}") from None
+        yield
+
+
+def _write_missing(
+    listing: Listing, folder: Path, samples_per_shard: int, seed: int, jobs: int, progress: bool
+) -> tuple[int, list[dict[str, Any]]]:
+    """Write the shards that have no report yet; returns their number and the reports of all."""
+    order = np.random.default_rng(seed).permutation(len(listing.items))
+    starts = range(0, len(order), samples_per_shard)
+    reports = {n: json.loads(_report(folder, n).read_text()) for n in range(len(starts)) if _report(folder, n).exists()}
+    missing = [n for n in range(len(starts)) if n not in reports]
+
+    def job(n: int) -> tuple[Path, list[tuple[int, Item]], Path, int]:
+        return listing.root, [(int(i), listing.items[i]) for i in order[starts[n] : starts[n] + samples_per_shard]], folder, n
+
+    done = len(order) - sum(min(samples_per_shard, len(order) - starts[n]) for n in missing)
+    with tqdm(total=len(order), initial=done, unit=" images", disable=not progress, smoothing=0.05) as bar:
+        for n, report in _run_jobs(job, missing, jobs):
+            reports[n] = report
+            bar.update(report["samples"] + len(report["bad"]))
+            for name, reason in report["bad"] if progress else ():
+                bar.write(f"bad image {name}: {reason}")
+    return len(missing), list(reports.values())
+
+
+def _run_jobs(job: Any, numbers: list[int], jobs: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    if jobs == 1 or len(numbers) <= 1:
+        for n in numbers:
+            yield n, _write_shard(*job(n))
+        return
+    # not fork: torch and OpenCV may hold threads here; the server imports this module once for all workers
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    with ProcessPoolExecutor(min(jobs, len(numbers)), mp_context=context) as pool:
+        futures = {pool.submit(_write_shard, *job(n)): n for n in numbers}
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _report(folder: Path, n: int) -> Path:
+    return folder / PARTIAL / f"shard-{n:06d}.json"
+
+
+def _write_shard(root: Path, items: list[tuple[int, Item]], folder: Path, n: int) -> dict[str, Any]:
+    """Write shard `n` under a temporary name, rename it, then write the report that marks it as finished."""
+    bad: list[tuple[str, str]] = []
+    name = f"shard-{n:06d}.tar"
+    samples = write_tar(folder / PARTIAL / name, _checked(root, items, bad))
+    if samples:
+        os.replace(folder / PARTIAL / name, folder / name)
+    report = {"samples": samples, "bad": bad}
+    _write_json(_report(folder, n), report)
+    return report
+
+
+def _checked(root: Path, items: list[tuple[int, Item]], bad: list[tuple[str, str]]) -> Iterator[dict[str, Any]]:
+    """The samples of the images that decode; the others go to `bad`."""
+    for number, item in items:
+        try:
+            data = _read(root, item)
+            field = _field(data)
+            decode(data)
+        except (BadImage, OSError) as error:
+            bad.append((item.name, str(error).splitlines()[0]))
+            continue
+        sample = {"__key__": _key(number, item.name), field: data}
+        if item.label is not None:
+            sample["cls"] = str(item.label).encode()
+        yield sample
+
+
+def _read(root: Path, item: Item) -> bytes:
+    if item.size is None:
+        return (root / item.name).read_bytes()
+    with open(root, "rb") as stream:
+        data = os.pread(stream.fileno(), item.size, item.offset)
+    if len(data) != item.size:
+        raise BadImage(f"{len(data)} of {item.size} bytes: {root.name} is truncated")
+    return data
+
+
+def _field(data: bytes) -> str:
+    """The shard field of an image by its first bytes, since file names lie (ImageNet has a PNG called .JPEG)."""
+    for field, signature in SIGNATURES.items():
+        if data.startswith(signature) and (field != "webp" or data[8:12] == b"WEBP"):
+            return field
+    raise BadImage("neither JPEG, PNG nor WebP")
+
+
+def _key(number: int, name: str) -> str:
+    """A unique key that still names the file: its number in the listing, and as much of its stem as is safe in a webdataset key."""
+    stem = "".join(c if c.isascii() and (c.isalnum() or c in "-_") else "_" for c in Path(name).stem)
+    return f"{number:08d}-{stem[:60]}"
+
+
+def _write_json(file: Path, value: Any) -> None:
+    temporary = file.with_name(file.name + ".new")
+    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=True) + "\n")
+    os.replace(temporary, file)
