@@ -1,0 +1,97 @@
+"""Bytes of an image file -> uint8 [H, W, 3] RGB, or `BadImage` with the reason."""
+
+import io
+import struct
+
+import cv2
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+MAX_PIXELS = 89_478_485  # a quarter of a GiB of RGB; Pillow's own default (Image.MAX_IMAGE_PIXELS)
+
+# A closed list: among the others that Pillow knows, EPS starts an interpreter.
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+
+_START_OF_FRAME = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # C4, C8, CC: tables and an extension, not frames
+_STANDALONE = frozenset({0x01, *range(0xD0, 0xD9)})  # markers without a length
+
+
+class BadImage(ValueError):
+    """An image that cannot be used; the message says why."""
+
+
+def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """The image in `data` as uint8 [H, W, 3] RGB, upright, writable.
+
+    The size is read from the header and checked before anything is decoded. Plain JPEGs (8 bits, gray or three
+    channels, complete) go through OpenCV; everything else through Pillow: CMYK, palette and 16-bit images (the upper
+    8 bits), animations (the first frame). EXIF orientation is applied. What is transparent is laid on white, as
+    img2dataset does (dropping the alpha channel instead would uncover whatever colour lies beneath it). Colour profiles are ignored.
+
+    Raises BadImage if `data` is no image of the known formats, is truncated, or has more than `max_pixels` pixels
+    (Pillow's own bound, twice Image.MAX_IMAGE_PIXELS, stands as well where Pillow decodes). Damage inside a JPEG
+    that its decoder can bridge is not seen, by neither library.
+    """
+    header = _jpeg_header(data)
+    if header is not None:
+        height, width, channels, bits = header
+        _check_size(height, width, max_pixels)
+        # OpenCV fills up a truncated file without a word, so only files that end with the end marker come here.
+        if bits == 8 and channels in (1, 3) and bytes(data[-2:]) == b"\xff\xd9":
+            image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
+            if image is not None:
+                return image
+    return _decode_with_pillow(data, max_pixels)
+
+
+def _jpeg_header(data: bytes) -> tuple[int, int, int, int] | None:
+    """(height, width, channels, bits) from a JPEG's frame header, or None if there is none to be found."""
+    if bytes(data[:2]) != b"\xff\xd8":
+        return None
+    at = 2
+    while at + 10 <= len(data):
+        if data[at] != 0xFF:
+            return None
+        marker = data[at + 1]
+        if marker in _START_OF_FRAME:
+            bits, height, width, channels = struct.unpack_from(">BHHB", data, at + 4)
+            return height, width, channels, bits
+        if marker == 0xFF:  # a fill byte
+            at += 1
+        elif marker in _STANDALONE:
+            at += 2
+        else:
+            at += 2 + struct.unpack_from(">H", data, at + 2)[0]
+    return None
+
+
+def _check_size(height: int, width: int, max_pixels: int) -> None:
+    if height * width > max_pixels:
+        raise BadImage(f"{width} x {height} pixels, more than the limit of {max_pixels} (a decompression bomb?)")
+
+
+def _decode_with_pillow(data: bytes, max_pixels: int) -> np.ndarray:
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            _check_size(image.height, image.width, max_pixels)
+            image.load()
+            return _to_rgb(ImageOps.exif_transpose(image))
+    except BadImage:
+        raise
+    except UnidentifiedImageError:
+        raise BadImage(f"{len(data)} bytes that are no complete image of a known format ({', '.join(FORMATS)})") from None
+    except Exception as error:  # decoders of broken files raise whatever they run into: OSError, SyntaxError, struct.error, ...
+        raise BadImage(f"cannot be decoded: {error or type(error).__name__}") from error
+
+
+def _to_rgb(image: Image.Image) -> np.ndarray:
+    if image.mode.startswith("I"):  # Image.convert("RGB") clips 16 bits at 255: almost all white
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 0xFFFF:
+            raise BadImage(f"32-bit gray values from {values.min()} to {values.max()}; only 8 and 16 bits have a defined white")
+        return cv2.cvtColor((values >> 8).astype(np.uint8), cv2.COLOR_GRAY2RGB)
+    if image.mode == "F":
+        raise BadImage("floating-point pixels have no defined white")
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return np.array(image.convert("RGB"))

@@ -1,0 +1,99 @@
+"""Where a view comes from: crop box, affine map, flip, and the one resize that all views share.
+
+`Geometry` is what was drawn, `apply_geometry` what it does to an image; both are separate from the photometry, so that the
+latter may run elsewhere (on the device, say).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+_TRIES = 10
+BOX_DRAWS = 4 * _TRIES  # uniform numbers that `sample_box` takes
+
+
+@dataclass(frozen=True)
+class Affine:
+    """Rotation (degrees, clockwise), shift (share of width and height), zoom and horizontal shear (degrees) about the centre."""
+
+    rotation: float
+    shift: tuple[float, float]
+    zoom: float
+    shear: float
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """One view's place in the image: the affine map of the whole image, then the box (top, left, height, width), then the flip."""
+
+    box: tuple[int, int, int, int]
+    flip: bool = False
+    affine: Affine | None = None
+
+
+def sample_box(
+    height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float], draws: Sequence[float]
+) -> tuple[int, int, int, int]:
+    """A box (top, left, height, width) with torchvision's RandomResizedCrop distribution.
+
+    Area uniform in `scale` (share of the image), log of width/height uniform in `ratio`, place uniform; after 10
+    boxes that do not fit, the largest centred one whose ratio is within range.
+    draws: BOX_DRAWS numbers in [0, 1); every try has its own four, so their number never depends on the outcome.
+    Source: torchvision/transforms/transforms.py, RandomResizedCrop.get_params.
+    """
+    log_low, log_high = math.log(ratio[0]), math.log(ratio[1])
+    for k in range(0, BOX_DRAWS, 4):
+        area = height * width * (scale[0] + (scale[1] - scale[0]) * draws[k])
+        aspect = math.exp(log_low + (log_high - log_low) * draws[k + 1])
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            return int(draws[k + 2] * (height - h + 1)), int(draws[k + 3] * (width - w + 1)), h, w
+    w, h = width, height
+    if width / height < ratio[0]:
+        h = max(1, round(width / ratio[0]))
+    elif width / height > ratio[1]:
+        w = max(1, round(height * ratio[1]))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """`image` [H, W, 3] uint8 resized to [height, width, 3] with Pillow's antialiased bicubic filter.
+
+    torch's uint8 kernel on channels-last memory: within 2 levels of Pillow and four times as fast (measured: 0.4 against
+    1.5 ms from 340 x 290 to 224 x 224). OpenCV's area filter took 1.0 ms, and its cubic filter aliases.
+    """
+    if image.shape[:2] == (height, width):
+        return image
+    if not image.flags.c_contiguous or not image.flags.writeable:  # what torch.from_numpy takes without complaint
+        image = np.array(image, order="C")
+    planes = torch.from_numpy(image).permute(2, 0, 1)[None]
+    small = F.interpolate(planes, (height, width), mode="bicubic", antialias=True)
+    return np.ascontiguousarray(small[0].permute(1, 2, 0).numpy())
+
+
+def warp(image: np.ndarray, affine: Affine) -> np.ndarray:
+    """`image` [H, W, 3] mapped by `affine`, bilinear, black where nothing was.
+
+    centre + shift, after rotation, shear and zoom about the centre: torchvision's RandomAffine with one shear angle.
+    """
+    height, width = image.shape[:2]
+    angle, shear = math.radians(affine.rotation), math.radians(affine.shear)
+    rotation = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+    linear = affine.zoom * rotation @ np.array([[1.0, -math.tan(shear)], [0.0, 1.0]])
+    centre = np.array([(width - 1) / 2, (height - 1) / 2])  # of pixel indices
+    offset = centre + np.array([affine.shift[0] * width, affine.shift[1] * height]) - linear @ centre
+    return cv2.warpAffine(image, np.column_stack([linear, offset]), (width, height), flags=cv2.INTER_LINEAR)
+
+
+def apply_geometry(image: np.ndarray, geometry: Geometry, size: int) -> np.ndarray:
+    """The view [size, size, 3] that `geometry` cuts out of `image` [H, W, 3], both uint8. Only the box is resized."""
+    if geometry.affine is not None:
+        image = warp(image, geometry.affine)
+    top, left, height, width = geometry.box
+    view = resize(image[top : top + height, left : left + width], size, size)
+    return cv2.flip(view, 1) if geometry.flip else view

@@ -1,0 +1,88 @@
+"""What happens to a view's colours, on uint8 throughout: the operations of the VICReg transform as torchvision defines them.
+
+Every operation takes [H, W, 3] (blur and solarize also [H, W]) and returns a new array. Pillow cuts fractions off where OpenCV
+rounds; `_TRUNCATE` makes OpenCV cut too, so that brightness and contrast are equal to Pillow's but for the last bit of a float.
+"""
+
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+
+_TRUNCATE = -0.499  # not -0.5: an exact integer would then fall on a tie, which OpenCV rounds to even
+
+
+@dataclass(frozen=True)
+class Photometry:
+    """One view's colour operations with the drawn strengths, in the order in which they apply.
+
+    jitter: (operation, strength) in the drawn order; then gray, then the blur's sigma in pixels (0: none), then solarize.
+    """
+
+    jitter: tuple[tuple[str, float], ...] = ()
+    gray: bool = False
+    blur: float = 0.0
+    solarize: bool = False
+
+
+def adjust_brightness(view: np.ndarray, factor: float) -> np.ndarray:
+    """factor * view, cut off at 255."""
+    return cv2.addWeighted(view, factor, view, 0.0, _TRUNCATE)
+
+
+def adjust_contrast(view: np.ndarray, factor: float) -> np.ndarray:
+    """factor * view + (1 - factor) * m, m the mean of the gray image rounded to an integer as Pillow does."""
+    mean = int(cv2.mean(cv2.cvtColor(view, cv2.COLOR_RGB2GRAY))[0] + 0.5)
+    return cv2.addWeighted(view, factor, view, 0.0, (1.0 - factor) * mean + _TRUNCATE)
+
+
+def adjust_saturation(view: np.ndarray, factor: float) -> np.ndarray:
+    """factor * view + (1 - factor) * gray image."""
+    return cv2.addWeighted(view, factor, to_gray(view), 1.0 - factor, _TRUNCATE)
+
+
+def adjust_hue(view: np.ndarray, shift: float) -> np.ndarray:
+    """The hue turned by `shift` of the circle, in [-0.5, 0.5], in Pillow's 256 steps.
+
+    Raises nothing; a shift of less than one step leaves the view as it is.
+    """
+    steps = int(shift * 255) % 256  # torchvision's adjust_hue on Pillow images: 255 and truncated, too
+    if steps == 0:
+        return view
+    hsv = cv2.cvtColor(view, cv2.COLOR_RGB2HSV_FULL)
+    hue = cv2.extractChannel(hsv, 0)
+    hue += np.uint8(steps)  # wraps around
+    cv2.insertChannel(hue, hsv, 0)
+    return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)
+
+
+def to_gray(view: np.ndarray) -> np.ndarray:
+    """The ITU-R 601 luma in all three channels."""
+    return cv2.cvtColor(cv2.cvtColor(view, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
+
+
+def blur(view: np.ndarray, sigma: float) -> np.ndarray:
+    """Gaussian blur of `sigma` pixels, reflected at the border.
+
+    The kernel reaches to 3 sigma: in 8 bits that is torchvision's kernel of 23 for every sigma up to 2, to one level.
+    """
+    return cv2.GaussianBlur(view, (0, 0), sigma)
+
+
+def solarize(view: np.ndarray) -> np.ndarray:
+    """255 - x where x >= 128, which for that threshold is min(x, 255 - x)."""
+    return cv2.min(view, cv2.bitwise_not(view))
+
+
+JITTER = {"brightness": adjust_brightness, "contrast": adjust_contrast, "saturation": adjust_saturation, "hue": adjust_hue}
+
+
+def apply_photometry(view: np.ndarray, photometry: Photometry) -> np.ndarray:
+    """The view [H, W, 3] after the operations of `photometry`; [H, W] where it is gray, one plane for all three."""
+    for operation, strength in photometry.jitter:
+        view = JITTER[operation](view, strength)
+    if photometry.gray:
+        view = cv2.cvtColor(view, cv2.COLOR_RGB2GRAY)
+    if photometry.blur:
+        view = blur(view, photometry.blur)
+    return solarize(view) if photometry.solarize else view
