@@ -254,6 +254,8 @@ def check(config: RunConfig) -> None:
     for name, value in not_negative.items():
         if value < 0:
             raise ConfigError(f"{name} is {value}; it cannot be negative")
+    if not 0 <= config.seed < 2**32:
+        raise ConfigError(f"seed is {config.seed}; it must be from 0 to 2^32 - 1")
     if config.batch < 2:
         raise ConfigError(f"batch is {config.batch}; the variance over a batch needs at least 2 samples")
     if not 0 <= config.optim.final_lr_ratio <= 1:

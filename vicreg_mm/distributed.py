@@ -7,6 +7,9 @@ gradients of global-batch statistics are written out where they are used and nee
 import datetime
 import os
 import socket
+import sys
+import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -49,6 +52,11 @@ def start(timeout_minutes: float = 30.0) -> torch.device:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
+    else:
+        # the launcher leaves it to us; ranks that each take all cores slow one another down
+        local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+        if "OMP_NUM_THREADS" not in os.environ and local > 1:
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
     if not active():
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(minutes=timeout_minutes))
@@ -121,3 +129,26 @@ def broadcast_object(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def is_main_environment() -> bool:
+    """Whether the launcher made this process rank 0, or there is none; true before `start`, too."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def run_program(program: Callable[[], None], name: str) -> None:
+    """Run a command of several ranks; a ValueError or OSError, which a user can mend, ends in one line and exit code 2.
+
+    Set VICREG_MM_TRACEBACK=1 to see where it came from. The ranks above 0 wait a little before they speak: what stops all of them
+    is said once, by rank 0, whose end makes the launcher stop the others; what stops only one of them is still said.
+    """
+    try:
+        program()
+    except (ValueError, OSError) as error:
+        if os.environ.get("VICREG_MM_TRACEBACK"):
+            raise
+        if not is_main_environment():
+            time.sleep(3)
+            name = f"{name} (rank {os.environ['RANK']})"
+        print(f"{name}: error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)

@@ -1,0 +1,45 @@
+"""The command `vicreg-mm`: a table of programs, imported when called."""
+
+import sys
+
+from vicreg_mm import distributed
+from vicreg_mm.registry import unknown_name
+
+
+def _shards(arguments: list[str]) -> None:
+    """shards index FOLDER         write index.json and index.npy beside the tars of a folder"""
+    if len(arguments) != 2 or arguments[0] != "index":
+        raise ValueError("usage: vicreg-mm shards index FOLDER")
+    from vicreg_mm.input.shards import write_index
+
+    index = write_index(arguments[1])
+    print(f"{len(index.shards)} shards, {index.num_samples:,} samples, fields {', '.join(index.fields)}")
+
+
+def _objectives(arguments: list[str]) -> None:
+    """objectives                  list the registered objectives with their options and defaults"""
+    import inspect
+
+    from vicreg_mm import objectives
+
+    for name in objectives.names():
+        builder = objectives.OBJECTIVES.builder(name)
+        print(f"{name}{inspect.signature(builder)}\n    {(inspect.getdoc(builder) or '').splitlines()[0]}")
+
+
+PROGRAMS = {"shards": _shards, "objectives": _objectives}
+
+
+def main() -> None:
+    """Entry point."""
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: vicreg-mm PROGRAM ...\n\n" + "\n".join(f"  {program.__doc__}" for program in PROGRAMS.values()))
+        return
+
+    def program() -> None:
+        if arguments[0] not in PROGRAMS:
+            raise unknown_name("program", arguments[0], sorted(PROGRAMS))
+        PROGRAMS[arguments[0]](arguments[1:])
+
+    distributed.run_program(program, "vicreg-mm")

@@ -1,0 +1,418 @@
+"""DeepSpeed initialisation and the training loop. Knows no objective by name and imports no probe.
+
+The contract: `module(batch) -> loss, logs` with `batch.to(device)`, logs of scalar tensors by their name in metrics.jsonl, and
+optionally `module.after_step(progress)`. A detection model fits it as well as a pretraining one.
+"""
+
+import json
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from vicreg_mm import checkpoint, distributed, monitor
+from vicreg_mm import config as configs
+from vicreg_mm.config import ConfigError, RunConfig
+from vicreg_mm.optim import Schedule, build_optimizer, parameter_groups, set_lr
+from vicreg_mm.registry import unknown_name
+
+
+class NonFiniteLoss(ValueError):
+    """The loss became NaN or infinite; the optimizer was not stepped."""
+
+
+class TooManyBadRecords(ValueError):
+    """More records than allowed could not be used."""
+
+
+# DeepSpeed's settings ---------------------------------------------------------------------------------------------------
+
+MERGED = (
+    "zero_optimization", "gradient_clipping", "communication_data_type", "torch_autocast", "data_types", "compile", "aio",
+    "flops_profiler", "comms_logger", "tensorboard", "wandb", "csv_monitor", "comet", "timers", "log_level", "dump_state",
+    "wall_clock_breakdown", "memory_breakdown", "steps_per_print", "disable_python_gc", "disable_allgather",
+    "zero_allow_untested_optimizer", "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
+)  # fmt: skip
+"""Sections of a user's DeepSpeed file that are merged over ours. DeepSpeed itself accepts any key without a word."""
+
+OURS = {
+    "optimizer": "--optim.*", "scheduler": "--optim.warmup_epochs and --optim.final_lr_ratio", "fp16": "--engine.precision fp16",
+    "bf16": "--engine.precision bf16", "bfloat16": "--engine.precision bf16", "activation_checkpointing": "--engine.activation_checkpointing",
+    "checkpoint": "--checkpoint.*",
+}  # fmt: skip
+"""Sections that this engine sets itself, and the option to use instead."""
+
+
+def deepspeed_settings(config: RunConfig, world_size: int) -> dict[str, Any]:
+    """The complete DeepSpeed configuration of a run: ours, with the user's file merged over it.
+
+    Raises ConfigError for keys that DeepSpeed would ignore, for settings that change the objective (gradient accumulation) and for
+    batch sizes that disagree.
+    """
+    if config.batch % world_size:
+        raise ConfigError(f"batch {config.batch} cannot be cut into equal parts for {world_size} ranks; use a multiple of {world_size}")
+    settings: dict[str, Any] = {
+        "train_batch_size": config.batch,
+        "train_micro_batch_size_per_gpu": config.batch // world_size,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": config.optim.clip,  # DeepSpeed clips at 1.0 where the key is absent
+        "steps_per_print": 2**31,
+        "zero_optimization": {"stage": config.engine.zero_stage},
+        "zero_allow_untested_optimizer": config.optim.name == "sgd",  # elementwise: right on flat pieces; LARS is not
+    }
+    if config.engine.precision != "fp32":
+        dtype = {"bf16": "bfloat16", "fp16": "float16"}[config.engine.precision]
+        # an empty list: gradients are reduced in float32 at every stage
+        settings["torch_autocast"] = {"enabled": True, "dtype": dtype, "lower_precision_safe_modules": []}
+    if config.deepspeed_config:
+        settings = _merge(settings, _read_user_file(Path(config.deepspeed_config), settings))
+    stage = settings["zero_optimization"].get("stage", 0)
+    if stage != config.engine.zero_stage:  # decided by the file: the rules of our own option hold for it too
+        from dataclasses import replace
+
+        configs.check(replace(config, engine=replace(config.engine, zero_stage=stage)))
+    return settings
+
+
+def _read_user_file(path: Path, ours: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        user = json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ConfigError(f"cannot read deepspeed_config {path}: {error}") from error
+    for key, value in user.items():
+        if key in OURS:
+            raise ConfigError(f"{path}: section '{key}' is set by this engine; use {OURS[key]}")
+        if key not in MERGED:
+            raise ConfigError(str(unknown_name(f"DeepSpeed setting in {path}", key, sorted(MERGED))))
+        if value == "auto":
+            raise ConfigError(f"{path}: '{key}' is 'auto', which only the Hugging Face trainer fills in; give a value or leave it out")
+    accumulation = user.get("gradient_accumulation_steps", 1)
+    if accumulation != 1:
+        raise ConfigError(
+            f"{path}: gradient_accumulation_steps {accumulation} would change the objective: variance and covariance belong to the whole "
+            "batch, and the mean of the losses of its parts is another loss; use more ranks, or a smaller batch with a narrower expander"
+        )
+    for key in ("train_batch_size", "train_micro_batch_size_per_gpu"):
+        if user.get(key, ours[key]) != ours[key]:
+            raise ConfigError(f"{path}: {key} is {user[key]}, but --batch makes it {ours[key]}; leave it out")
+    return user
+
+
+def _merge(ours: dict[str, Any], user: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(ours)
+    for key, value in user.items():
+        merged[key] = _merge(merged[key], value) if isinstance(value, dict) and isinstance(merged.get(key), dict) else value
+    return merged
+
+
+def launch(module: nn.Module, config: RunConfig, device: torch.device) -> Any:
+    """Wrap a module in a DeepSpeed engine. Everything that has parameters must be inside the module: DeepSpeed neither reduces nor
+    partitions what is outside."""
+    if config.engine.precision == "fp16" and device.type == "cpu":
+        raise ConfigError("engine.precision fp16 needs a GPU; use --engine.precision bf16 or fp32")
+    settings = deepspeed_settings(config, distributed.world_size())
+    scalars = [name for name, p in module.named_parameters() if p.ndim == 0]
+    if scalars:
+        raise ConfigError(f"parameter {scalars[0]} has no dimensions, which DeepSpeed cannot broadcast; give it the shape (1,)")
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    # its shared-memory collectives would be compiled for 40 s at the first start on a CPU; gloo serves
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    optimizer = build_optimizer(parameter_groups(module, config.optim.weight_decay), config.optim)
+    module.to(device)
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
+    return engine
+
+
+# The loop ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Training:
+    """Everything that one training run needs beside the engine.
+
+    probes: functions (step, epoch) -> metrics, called on all ranks at the end of every epoch. fingerprint: what identifies the data.
+    """
+
+    config: RunConfig
+    run: Path
+    schedule: Schedule
+    steps_per_epoch: int
+    step: int = 0
+    gamma: float = 1.0
+    fingerprint: dict[str, Any] = field(default_factory=dict)
+    probes: tuple[Callable[[int, float], Mapping[str, float]], ...] = ()
+    gauges: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+
+
+def train(engine: Any, batches: Iterable[tuple[Any, Any]], t: Training, device: torch.device) -> Path:
+    """Train from `t.step` to the end of the schedule; returns the last checkpoint. All ranks must call it.
+
+    batches: (position, batch) from the position of `t.step` on, one for every step.
+    """
+    loop = _Loop(engine, t, device)
+    last = checkpoint.folder_of(t.run, t.step) if t.step >= t.schedule.total else None
+    try:
+        with _StopRequest() as stop:
+            for _, batch in batches:
+                if t.step >= t.schedule.total:
+                    break
+                loop.step(batch)
+                done = t.step >= t.schedule.total
+                if done or t.step % t.config.monitor.log_every == 0 or t.step % t.steps_per_epoch == 0:
+                    loop.log()
+                    stopped = any(distributed.exchange_counts(int(stop.requested), device))
+                else:
+                    stopped = False
+                if t.step % t.steps_per_epoch == 0:
+                    loop.end_epoch()
+                if done or stopped or _save_is_due(t):
+                    last = loop.save()
+                if stopped and not done:
+                    loop.say(f"stopped by a signal after step {t.step}; go on with --resume")
+                    raise SystemExit(128 + signal.SIGTERM)
+    finally:
+        loop.close()
+    if last is None:
+        raise ConfigError("the data ended before the first step")
+    return last
+
+
+def _save_is_due(t: Training) -> bool:
+    c = t.config.checkpoint
+    by_epochs = c.every_epochs > 0 and t.step % max(1, round(c.every_epochs * t.steps_per_epoch)) == 0
+    milestone = c.milestone_epochs > 0 and t.step % (c.milestone_epochs * t.steps_per_epoch) == 0
+    return by_epochs or milestone or (c.every_steps > 0 and t.step % c.every_steps == 0)
+
+
+class _StopRequest:
+    """Turns SIGTERM (a scheduler's warning) into a request that the loop honours at its next log line."""
+
+    requested = False
+
+    def __enter__(self) -> "_StopRequest":
+        self._before = signal.signal(signal.SIGTERM, self._ask)
+        return self
+
+    def _ask(self, *_: Any) -> None:
+        self.requested = True
+
+    def __exit__(self, *_: Any) -> None:
+        signal.signal(signal.SIGTERM, self._before)
+
+
+class _Loop:
+    """The state of a running loop: bar, log, means, counts of bad records."""
+
+    def __init__(self, engine: Any, t: Training, device: torch.device):
+        self.engine, self.t, self.device = engine, t, device
+        self.means = monitor.EpochMeans()
+        self.main = distributed.is_main()
+        self.log_file = monitor.RunLog(t.run, t.step) if self.main else None
+        self.bar = tqdm(
+            total=t.schedule.total * t.config.batch, initial=t.step * t.config.batch, unit="img", unit_scale=True, dynamic_ncols=True,
+            disable=not self.main, mininterval=0.5 if sys.stderr.isatty() else 10.0,
+        )  # fmt: skip
+        self.lr = 0.0
+        self.latest: dict[str, Tensor] = {}
+        self.bad = self.attempted = 0
+        self.bad_messages: list[str] = []
+        self.advised: set[str] = set()
+        self.window = (time.perf_counter(), t.step)
+        self.grad_norm: Any = None
+
+    def step(self, batch: Any) -> None:
+        """One optimizer step."""
+        t = self.t
+        epoch, step_in_epoch = divmod(t.step, t.steps_per_epoch)
+        self.lr = t.schedule.lr(t.step)
+        set_lr(self.engine.optimizer, self.lr)
+        # drop path and dropout: a function of the position, so that a resumed run needs no saved state
+        torch.manual_seed(hash((t.config.seed, t.step, distributed.rank())) % 2**63)
+        self.attempted += batch.attempted
+        self.bad += len(batch.bad)
+        self.bad_messages += batch.bad
+        loss, logs = self.engine(batch.to(self.device, non_blocking=True))
+        finite = _FiniteCheck(loss)
+        self.engine.backward(loss)
+        if not finite.holds():  # waits for the forward pass only, while the backward pass is still running
+            values = ", ".join(f"{name.partition('/')[2]} {value.item():g}" for name, value in logs.items() if name in monitor.LOSS_TERMS)
+            raise NonFiniteLoss(
+                f"the loss is {loss.item()} at step {t.step} (epoch {epoch}, step {step_in_epoch} of it): {values}; the optimizer was not stepped, "
+                f"last good checkpoint: {_latest(t.run)}; lower the learning rate, clip the gradients or use --engine.precision fp32"
+            )
+        if (t.step + 1) % t.config.monitor.log_every == 0:
+            self.grad_norm = self._gradient_norm()
+        self.engine.step()
+        t.step += 1
+        module = self.engine.module
+        if hasattr(module, "after_step"):
+            module.after_step(t.step / t.schedule.total)
+        self.latest = logs
+        self.means.add({name: value for name, value in logs.items() if value.ndim == 0})
+        self.bar.update(t.config.batch)
+
+    def log(self) -> None:
+        """Write a line of metrics; on the way, agree with all ranks on the number of bad records."""
+        t = self.t
+        metrics: dict[str, Any] = {"epoch": t.step / t.steps_per_epoch, "lr": self.lr}
+        metrics.update({name: value.item() for name, value in self.latest.items() if value.ndim == 0})
+        if t.step % t.config.monitor.gauge_every == 0 or t.step == t.schedule.total:
+            metrics.update(self._gauges())
+        now, since = time.perf_counter(), self.window
+        metrics["perf/images_per_second"] = (t.step - since[1]) * t.config.batch / max(1e-9, now - since[0]) if t.step > since[1] else None
+        self.window = (now, t.step)
+        norm = self.engine.get_global_grad_norm() if self.grad_norm is None else self.grad_norm
+        if norm is not None:
+            metrics["optim/grad_norm"] = float(norm)
+        if self.device.type == "cuda":
+            metrics["perf/gpu_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
+        metrics["data/bad_records"] = self._count_bad()
+        if self.log_file is not None:
+            self.log_file.write(t.step, metrics)
+            self._show(metrics)
+            self._advise(metrics)
+
+    def end_epoch(self) -> None:
+        """Epoch means and probes."""
+        means: dict[str, Any] = self.means.take()
+        epoch = self.t.step / self.t.steps_per_epoch
+        for probe in self.t.probes:
+            means.update(probe(self.t.step, epoch))
+        if self.log_file is not None:
+            self.log_file.write(self.t.step, {"epoch": epoch, **means})
+
+    def save(self) -> Path:
+        """A checkpoint of this step; older ones are removed afterwards."""
+        t = self.t
+        epochs, rest = divmod(t.step, t.steps_per_epoch)
+        every = t.config.checkpoint.milestone_epochs
+        state = {
+            "step": t.step,
+            "position": {"epoch": epochs, "step": rest},
+            "milestone": bool(every and not rest and epochs % every == 0),
+            "data": t.fingerprint,
+            "config": configs.to_dict(t.config),
+            "world_size": distributed.world_size(),
+            "loss_scale": _loss_scale(self.engine),
+        }
+        folder = checkpoint.save(checkpoint.folder_of(t.run, t.step), self.engine, state)
+        if self.main:
+            checkpoint.prune(t.run, t.config.checkpoint.keep)
+        distributed.barrier()
+        self.window = (time.perf_counter(), t.step)
+        return folder
+
+    def say(self, message: str) -> None:
+        if self.main:
+            tqdm.write(message, file=sys.stderr)
+
+    def close(self) -> None:
+        self.bar.close()
+        if self.log_file is not None:
+            self.log_file.close()
+
+    def _gradient_norm(self) -> Tensor | None:
+        """Stage 0 keeps no norm of its own and zeroes the gradients in its step."""
+        if self.engine.zero_optimization_stage() > 0:
+            return None
+        scale = _loss_scale(self.engine)
+        return torch.nn.utils.get_total_norm([p.grad for p in self.engine.module.parameters() if p.grad is not None]) / scale["scale"]
+
+    def _gauges(self) -> dict[str, float]:
+        found = {}
+        for name, gauge in self.t.gauges.items():
+            rows = self.latest["features"].float()
+            gathered = distributed.gather_rows(rows, distributed.exchange_counts(rows.shape[0], self.device))
+            if torch.isfinite(gathered).all():
+                found[name] = gauge(gathered).item()
+        return found
+
+    def _count_bad(self) -> int:
+        bad = sum(distributed.exchange_counts(self.bad, self.device))
+        attempted = sum(distributed.exchange_counts(self.attempted, self.device))
+        if sum(distributed.exchange_counts(len(self.bad_messages), self.device)):
+            messages = [message for part in distributed.gather_objects(self.bad_messages) for message in part]
+            self.bad_messages = []
+            if self.main:
+                with (self.t.run / "bad_records.txt").open("a") as file:
+                    file.writelines(message + "\n" for message in messages)
+                self.say(f"{len(messages)} bad records left out ({bad} so far), listed in {self.t.run / 'bad_records.txt'}; the first: {messages[0]}")
+        share = bad / max(1, attempted)
+        limit = self.t.config.input.max_bad_share
+        if share > limit and bad > 1:
+            raise TooManyBadRecords(
+                f"{bad} of {attempted} records could not be used ({share:.1%}, --input.max_bad_share is {limit:.1%}); "
+                f"see {self.t.run / 'bad_records.txt'}"
+            )
+        return bad
+
+    def _show(self, metrics: Mapping[str, Any]) -> None:
+        names = {"loss/total": "loss", "loss/invariance": "inv", "loss/variance": "var", "loss/covariance": "cov", "stats/std_mean": "std"}
+        shown = {short: f"{metrics[name]:.3g}" for name, short in names.items() if name in metrics}
+        self.bar.set_description(f"epoch {math.ceil(metrics['epoch'])}", refresh=False)
+        self.bar.set_postfix(shown, refresh=False)
+
+    def _advise(self, metrics: Mapping[str, Any]) -> None:
+        if self.t.step < self.t.schedule.warmup:
+            return  # random weights are no finding
+        features = self.latest.get("features")
+        width = features.shape[1] if features is not None else self.t.config.batch
+        for kind, words in monitor.advice(metrics, self.t.gamma, self.t.config.batch, width).items():
+            if kind not in self.advised:
+                self.advised.add(kind)
+                self.say(f"step {self.t.step}: {words}")
+                assert self.log_file is not None
+                self.log_file.write(self.t.step, {"epoch": metrics["epoch"], f"advice/{kind.replace(' ', '_')}": words})
+
+
+class _FiniteCheck:
+    """Whether a loss is finite, without waiting for more than the forward pass: the copy to the host is queued before the backward."""
+
+    def __init__(self, loss: Tensor):
+        self.cuda = loss.is_cuda
+        flag = torch.isfinite(loss.detach())
+        if self.cuda:
+            self.flag = torch.empty((), dtype=torch.bool, pin_memory=True)
+            self.flag.copy_(flag, non_blocking=True)
+            self.event = torch.cuda.Event()
+            self.event.record()
+        else:
+            self.flag = flag
+
+    def holds(self) -> bool:
+        if self.cuda:
+            self.event.synchronize()
+        return bool(self.flag)
+
+
+def _latest(run: Path) -> str:
+    folders = checkpoint.existing(run)
+    return str(folders[-1]) if folders else "none yet"
+
+
+def _loss_scale(engine: Any) -> dict[str, float]:
+    scaler = getattr(engine, "torch_autocast_z0_gradscaler", None)
+    return {"scale": scaler.get_scale(), "growth_tracker": scaler._get_growth_tracker()} if scaler is not None else {"scale": 1.0}
+
+
+def restore(engine: Any, folder: Path) -> int:
+    """Give a freshly launched engine the optimizer state and loss scale of a checkpoint; returns the step. The weights are loaded
+    before `launch`, so that DeepSpeed partitions the right ones."""
+    state = checkpoint.read_state(folder)
+    checkpoint.restore_optimizer(engine, folder / "optimizer.safetensors")
+    scaler = getattr(engine, "torch_autocast_z0_gradscaler", None)
+    if scaler is not None and "growth_tracker" in state["loss_scale"]:
+        scaler.load_state_dict({**scaler.state_dict(), "scale": state["loss_scale"]["scale"], "_growth_tracker": int(state["loss_scale"]["growth_tracker"])})
+    return state["step"]

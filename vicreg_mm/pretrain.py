@@ -1,0 +1,184 @@
+"""`main(config)`, what every pretraining recipe calls: assemble the parts of a run, train, export the encoder, print the table."""
+
+import dataclasses
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vicreg_mm import config as configs
+from vicreg_mm import distributed
+from vicreg_mm.config import BUILTIN_DIGITS, ConfigError, RunConfig
+
+RESULTS = "evaluation.json"
+
+
+def main(recipe: RunConfig, arguments: list[str] | None = None) -> None:
+    """Run a recipe with the command line's overrides. What a user can mend ends in one line and exit code 2."""
+    distributed.run_program(lambda: _main(recipe, sys.argv[1:] if arguments is None else arguments), f"recipes/{recipe.name}.py")
+
+
+def _main(recipe: RunConfig, arguments: list[str]) -> None:
+    config = configs.parse(recipe, arguments)
+    if config.smoke and distributed.is_main_environment():
+        _say_smoke(recipe)
+    device = distributed.start()
+    try:
+        run = pretrain(config, device)
+        evaluate(config, run, device)
+        if distributed.is_main():
+            print(f"run: {run}\nencoder: {run / 'encoder.safetensors'}", flush=True)
+    finally:
+        distributed.stop()
+
+
+def _say_smoke(recipe: RunConfig) -> None:
+    lines = [
+        f"Smoke profile of {recipe.name}: the same code path with a toy encoder on the built-in digits.",
+        f"For the real run:  deepspeed recipes/{recipe.name}.py --input.shards FOLDER_OF_SHARDS",
+        "data/README.md says how to make shards from ImageNet or any folder of images.",
+    ]
+    width = max(map(len, lines))
+    print("\n".join(["+" + "-" * (width + 2) + "+", *(f"| {line.ljust(width)} |" for line in lines), "+" + "-" * (width + 2) + "+"]), flush=True)
+
+
+def pretrain(config: RunConfig, device: torch.device) -> Path:
+    """Train as the configuration says, from the start or from its last checkpoint; returns the run directory with encoder.safetensors."""
+    from vicreg_mm import checkpoint, engine, gauges
+    from vicreg_mm.batchnorm import convert_sync_batchnorm
+    from vicreg_mm.optim import Schedule
+
+    data = open_data(config)
+    torch.manual_seed(config.seed)
+    model = build_model(config)
+    model.check_views(data.view_names)
+    num_features = model.encoder.num_features
+    if config.engine.activation_checkpointing:
+        model.encoder.set_activation_checkpointing(True)
+    if distributed.world_size() > 1:
+        model = convert_sync_batchnorm(model, device)
+    engine.deepspeed_settings(config, distributed.world_size())  # a wrong setting must not leave a run directory behind
+    run, resumed = checkpoint.open_run(config)
+    if resumed is not None:
+        state = checkpoint.read_state(resumed)
+        if state["data"] != data.fingerprint:
+            raise checkpoint.CheckpointError(f"{run} was trained on other data: {state['data']} in its checkpoint, {data.fingerprint} in --input.shards")
+        checkpoint.load_model(model, resumed)
+    total = config.steps or config.epochs * data.steps_per_epoch
+    schedule = Schedule(config.peak_lr, total, round(config.optim.warmup_epochs * data.steps_per_epoch), config.optim.final_lr_ratio)
+    wrapped = engine.launch(model, config, device)
+    training = engine.Training(
+        config, run, schedule, data.steps_per_epoch, engine.restore(wrapped, resumed) if resumed else 0,
+        gamma=getattr(model.objective, "gamma", 1.0), fingerprint=data.fingerprint, gauges={"stats/rank": gauges.rankme},
+    )  # fmt: skip
+    if distributed.is_main():
+        begin = f"resumed at step {training.step}" if resumed else "from the start"
+        print(
+            f"{run} {begin}: {config.encoder.name} ({num_features} features), {config.objective.name}, {data.num_samples:,} images, "
+            f"batch {config.batch} on {distributed.world_size()} x {device.type}, {total:,} steps", flush=True,
+        )  # fmt: skip
+    last = engine.train(wrapped, data.batches(training.step), training, device)
+    if distributed.is_main():
+        checkpoint.export_encoder(run, last, config)
+    distributed.barrier()
+    return run
+
+
+def build_model(config: RunConfig) -> Any:
+    """Encoder, expander and objective with fresh weights from torch's current random state."""
+    from vicreg_mm import checkpoint, objectives
+    from vicreg_mm.expander import Expander
+    from vicreg_mm.model import PretrainModel
+
+    objective = objectives.build(config.objective.name, **config.objective.options)
+    encoder = checkpoint.build_encoder(config)
+    expander = Expander(encoder.num_features, config.expander.widths, final=config.expander.final, norm=config.expander.norm)
+    joint = {"auto": None, "per_view": False, "per_resolution": True}[config.encoder.forward]
+    return PretrainModel(encoder, expander, objective, joint)
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """The training data of a run: what it offers, how long an epoch is, and its batches from any step on."""
+
+    view_names: tuple[str, ...]
+    num_samples: int
+    steps_per_epoch: int
+    fingerprint: dict[str, Any]
+    batches: Callable[[int], Any]
+
+
+def open_data(config: RunConfig) -> Data:
+    """Open the shards that a configuration names."""
+    from vicreg_mm.input.loader import PretrainLoader
+    from vicreg_mm.input.plan import Plan, Position, default_slots
+    from vicreg_mm.input.shards import ShardIndex
+    from vicreg_mm.input.streaming import ResampledLoader
+    from vicreg_mm.input.views import build_policy
+
+    policy = build_policy(config.input.views, config.input.image_size)
+    rank, world = distributed.rank(), distributed.world_size()
+    if config.batch % world:
+        raise ConfigError(f"batch {config.batch} cannot be cut into equal parts for {world} ranks; use a multiple of {world}")
+    cache = {"cache_dir": Path(config.input.cache) if config.input.cache else None, "cache_bytes": int(config.input.cache_gib * 2**30)}
+    if config.input.mode == "resampled":
+        steps = config.input.steps_per_epoch
+        stream = ResampledLoader(
+            config.input.shards, policy, config.batch, steps, seed=config.seed, rank=rank, world_size=world, workers=config.input.workers
+        )
+        samples = steps * config.batch
+        return Data(policy.view_names, samples, steps, {"resampled": config.input.shards},
+                    lambda step: stream.batches(Position(*divmod(step, steps)), epochs=10**9))  # fmt: skip
+    index = ShardIndex.open(shard_folder(config.input.shards))
+    slots = default_slots(config.batch, config.input.slots)
+    plan = Plan(tuple(index.counts), config.batch, config.seed, slots)
+    loader = PretrainLoader(index, policy, plan, rank=rank, world_size=world, workers=config.input.workers, **cache)
+    counts = json.dumps([int(count) for count in index.counts]).encode()
+    fingerprint = {"num_samples": plan.num_samples, "num_shards": len(index.counts), "counts_sha256": hashlib.sha256(counts).hexdigest()[:16], "slots": slots}
+    return Data(policy.view_names, plan.num_samples, plan.steps_per_epoch, fingerprint,
+                lambda step: loader.batches(Position(*divmod(step, plan.steps_per_epoch)), epochs=10**9))  # fmt: skip
+
+
+def shard_folder(name: str) -> str | Path:
+    """A folder or URL of shards as it is; "builtin:digits" and "builtin:digits:test" as the folders that hold them."""
+    if not name.startswith("builtin:"):
+        return name
+    splits = {BUILTIN_DIGITS: "train", BUILTIN_DIGITS + ":test": "test"}
+    if name not in splits:
+        raise ConfigError(f"unknown built-in data '{name}'; known: {', '.join(splits)}")
+    from vicreg_mm.input import builtin
+
+    return builtin.digits(splits[name])
+
+
+def evaluate(config: RunConfig, run: Path, device: torch.device) -> None:
+    """Print the table of raw pixels, the encoder as it began and as it is now, and keep it as evaluation.json in the run directory."""
+    if not config.evaluation.train:
+        return
+    from vicreg_mm import checkpoint
+    from vicreg_mm.evaluation.features import frozen
+    from vicreg_mm.evaluation.report import compare_encoders, evaluation_table
+    from vicreg_mm.input.loader import LabelledLoader
+    from vicreg_mm.input.shards import ShardIndex
+    from vicreg_mm.input.views import EvalTransform
+
+    begun = time.perf_counter()
+    trained = checkpoint.load_encoder(run).to(device)
+    torch.manual_seed(config.seed)
+    random = checkpoint.build_encoder(config).to(device)
+    transform = EvalTransform(config.input.image_size)
+    train, test = (
+        LabelledLoader(ShardIndex.open(shard_folder(name)), transform, 256, rank=distributed.rank(), world_size=distributed.world_size(),
+                       workers=min(config.input.workers, 4), limit=limit)
+        for name, limit in ((config.evaluation.train, config.evaluation.limit), (config.evaluation.test, 0))
+    )  # fmt: skip
+    encoders = {name: frozen(e, e.mean, e.std) for name, e in (("random encoder", random), ("pretrained encoder", trained))}
+    rows = compare_encoders(encoders, train, test, device)
+    if distributed.is_main():
+        (run / RESULTS).write_text(json.dumps(rows, indent=2) + "\n")
+        print(f"\n{evaluation_table(rows)}\n({time.perf_counter() - begun:.0f} s)\n", flush=True)
