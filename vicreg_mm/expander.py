@@ -1,0 +1,37 @@
+"""The expander (projector): features [N, F] -> embeddings [N, D], on which the objective is computed."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from torch import nn
+
+from vicreg_mm.registry import unknown_name
+
+NORMS = {"batch": nn.BatchNorm1d, "layer": nn.LayerNorm}
+FINALS = ("linear", "bn_relu")
+
+
+class Expander(nn.Sequential):
+    """(Linear, norm, ReLU) for each width but the last, then the final layer.
+
+    final: "linear" is a Linear without bias and nothing after it (the paper and facebookresearch/vicreg, whose checkpoints
+    have these keys); "bn_relu" is one more (Linear, norm, ReLU), as in the reference document: its embeddings are never negative.
+    norm: "batch", or "layer" where views of different resolutions share one pass. Initialised as torch does (the official code, too).
+    Raises ValueError for no width, a width below 1, an unknown `final` or `norm`.
+    """
+
+    def __init__(self, num_features: int, widths: Sequence[int] = (8192, 8192, 8192), final: str = "linear", norm: str = "batch"):
+        if final not in FINALS:
+            raise unknown_name("final layer of the expander", final, list(FINALS))
+        if norm not in NORMS:
+            raise unknown_name("norm of the expander", norm, list(NORMS))
+        if not widths or min(num_features, *widths) < 1:
+            raise ValueError(f"expander from {num_features} features with widths {tuple(widths)}; expected at least one, all positive")
+        layers: list[nn.Module] = []
+        for fan_in, width in pairwise((num_features, *widths)):
+            layers += [nn.Linear(fan_in, width), NORMS[norm](width), nn.ReLU(inplace=True)]
+        if final == "linear":
+            layers[-3:] = [nn.Linear(layers[-3].in_features, widths[-1], bias=False)]
+        super().__init__(*layers)
+        self.num_features = num_features
+        self.embedding_dim = widths[-1]
