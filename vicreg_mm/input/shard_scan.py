@@ -72,7 +72,8 @@ def _samples(file, name: str, folder: str) -> tuple[list[dict[str, tuple[int, in
     """Every sample as field -> (offset, size), and a few of the fields that are not ours."""
     samples: list[dict[str, tuple[int, int]]] = []
     others: set[str] = set()
-    current, sample = None, None
+    current: str | None = None
+    sample: dict[str, tuple[int, int]] | None = None
     for member in _members(file, name, folder):
         base = posixpath.basename(member.name)
         if not member.isreg() or base.startswith((".", "__")) or member.name.startswith("__"):
@@ -105,7 +106,7 @@ def _members(file, name: str, folder: str) -> Iterator[tarfile.TarInfo]:
         raise ShardError(f"shard '{name}' of {folder} is not a tar archive ({error}); write it anew or remove it") from None
     try:
         while (member := tar.next()) is not None:
-            tar.members.clear()  # or tarfile keeps every header of the shard
+            tar.members.clear()  # type: ignore[attr-defined]  # or tarfile keeps every header of the shard
             yield member
     except (tarfile.TarError, EOFError) as error:
         raise ShardError(_damaged(name, folder, tar.offset, str(error))) from None

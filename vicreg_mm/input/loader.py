@@ -1,0 +1,273 @@
+"""Batches of named views for pretraining, and labelled batches for evaluation.
+
+One whole local batch is made in one worker, from its position alone. So the number of workers changes nothing, and a run can start at any
+position. A bad record (unreadable, or an image that does not decode) is left out and counted; any other exception is ours and propagates.
+"""
+
+import math
+import signal
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from vicreg_mm.input.plan import Plan, Position
+from vicreg_mm.input.shard_cache import CACHE_BYTES
+from vicreg_mm.input.shards import Reader, RecordError, Sample, ShardError, ShardIndex
+from vicreg_mm.input.views import BadImage, EvalTransform, ViewPolicy, decode
+
+
+@dataclass
+class Batch:
+    """One rank's part of a global batch: the n good records among the `attempted` ones.
+
+    views: uint8 [n, 3, H, W] by name. rows: int64 [n], numbers of the samples in the set, -1 where samples have none (resampled shards).
+    labels: int64 [n], -1 where a record has none; None in a set without labels. bad: one message for each record left out.
+    """
+
+    views: dict[str, Tensor]
+    rows: Tensor
+    labels: Tensor | None
+    attempted: int
+    bad: tuple[str, ...] = ()
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.rows)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
+        """The same batch on another device."""
+        return self._with(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "Batch":
+        """The same batch in page-locked memory; torch's loader calls it by this name."""
+        return self._with(Tensor.pin_memory)
+
+    def _with(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        views = {name: change(view) for name, view in self.views.items()}
+        return replace(self, views=views, rows=change(self.rows), labels=None if self.labels is None else change(self.labels))
+
+
+class Tray:
+    """Where the records of one batch are laid, one after another. shapes: of each view, [3, H, W]."""
+
+    def __init__(self, capacity: int, shapes: Mapping[str, tuple[int, ...]]):
+        self._views = {name: np.empty((capacity, *shape), np.uint8) for name, shape in shapes.items()}
+        self._rows: list[int] = []
+        self._labels: list[int] = []
+        self._bad: list[str] = []
+
+    def put(self, views: dict[str, np.ndarray], row: int, label: int | None) -> None:
+        for name, view in views.items():
+            self._views[name][len(self._rows)] = view
+        self._rows.append(row)
+        self._labels.append(-1 if label is None else label)
+
+    def leave_out(self, message: str) -> None:
+        self._bad.append(message)
+
+    def batch(self, labelled: bool) -> Batch:
+        good = len(self._rows)
+        return Batch(
+            views={name: torch.from_numpy(array[:good]) for name, array in self._views.items()},
+            rows=torch.tensor(self._rows, dtype=torch.int64),
+            labels=torch.tensor(self._labels, dtype=torch.int64) if labelled else None,
+            attempted=good + len(self._bad),
+            bad=tuple(self._bad),
+        )
+
+
+def assemble(
+    reader: Reader, rows: Iterable[int], tray: Tray, views_of: Callable[[Sample], dict[str, np.ndarray]], need_label: bool = False
+) -> Batch:
+    """The batch of these rows. views_of: makes the views of a sample, may raise BadImage."""
+    index = reader.index
+    for row in rows:
+        try:
+            sample = reader.read(row)
+            if need_label and sample.label is None:
+                raise RecordError(f"{_place(index, row)}: no label")
+            views = views_of(sample)
+        except RecordError as error:
+            tray.leave_out(str(error))
+        except BadImage as error:
+            tray.leave_out(f"{_place(index, row)}: bad image ({error})")
+        else:
+            tray.put(views, sample.row, sample.label)
+    return tray.batch(labelled=index.has_labels)
+
+
+def _place(index: ShardIndex, row: int) -> str:
+    shard, row_in_shard = index.locate(row)
+    return f"shard '{index.shards[shard].name}' row {row_in_shard}"
+
+
+def start_worker(worker: int) -> None:
+    """One core per worker; an interrupt is the main process's to handle."""
+    cv2.setNumThreads(0)
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def stream(dataset: Dataset, sampler: Iterable | None, workers: int, prefetch: int) -> Iterator[Batch]:
+    """The items of a dataset that makes whole batches, in order, ahead of need where there are workers.
+
+    A ShardError crosses from a worker as a value, since torch would bury its one line in a traceback.
+    """
+    loader = DataLoader(
+        dataset,
+        sampler=sampler,
+        batch_size=None,
+        num_workers=workers,
+        prefetch_factor=prefetch if workers else None,
+        worker_init_fn=start_worker,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # or each loader would take a number from the global one and change the run
+    )
+    for item in loader:
+        if isinstance(item, ShardError):
+            raise item
+        yield item
+
+
+def require_images(index: ShardIndex) -> None:
+    """Raise ValueError for a set without images."""
+    if not index.has_images:
+        raise ValueError(f"{index.root} has no images: its fields are {', '.join(index.fields)}")
+
+
+def share_of(batch: int, world_size: int) -> int:
+    """A rank's records of a global batch; raises ValueError unless they are as many on every rank."""
+    if batch % world_size:
+        raise ValueError(f"batch {batch} does not divide over {world_size} ranks; choose a multiple of {world_size}")
+    return batch // world_size
+
+
+class _PlannedBatches(Dataset):
+    """Position -> this rank's part of that global batch."""
+
+    def __init__(self, reader: Reader, policy: ViewPolicy, plan: Plan, first: int, last: int):
+        self.reader, self.policy, self.plan, self.first, self.last = reader, policy, plan, first, last
+        self.shapes = {name: (3, size, size) for name, size in policy.view_sizes.items()}
+
+    def __getitem__(self, position: Position) -> Batch | ShardError:
+        def views_of(sample: Sample) -> dict[str, np.ndarray]:
+            key = (self.plan.seed, position.epoch, sample.shard, sample.row_in_shard)
+            return self.policy(decode(sample.image or b""), key)
+
+        rows = self.plan.rows(position.epoch, position.step, self.first, self.last)
+        try:
+            return assemble(self.reader, rows.tolist(), Tray(len(rows), self.shapes), views_of)
+        except ShardError as error:
+            return error
+
+
+class PretrainLoader:
+    """This rank's part of every planned global batch, as views made by `policy`.
+
+    rank, world_size: the layout; it decides who gets which rows of a global batch, never which rows are in it.
+    prefetch: batches ahead per worker. cache_dir, cache_bytes: of remote shards.
+    Raises ValueError if the ranks do not divide the batch, if the plan is of another set, or if the set has no images.
+    """
+
+    def __init__(
+        self,
+        index: ShardIndex,
+        policy: ViewPolicy,
+        plan: Plan,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        workers: int = 0,
+        prefetch: int = 2,
+        cache_dir: str | Path | None = None,
+        cache_bytes: int = CACHE_BYTES,
+    ):
+        require_images(index)
+        if plan.counts != index.counts:
+            raise ValueError(f"the plan is of {plan.num_samples} samples in {len(plan.counts)} shards, not of {index}")
+        share = share_of(plan.batch, world_size)
+        self.plan, self.workers, self.prefetch = plan, workers, prefetch
+        self._dataset = _PlannedBatches(Reader(index, cache_dir, cache_bytes), policy, plan, rank * share, (rank + 1) * share)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.plan.steps_per_epoch
+
+    def batches(self, start: Position, epochs: int) -> Iterator[tuple[Position, Batch]]:
+        """Position and batch of every step from `start` to the end of epoch `epochs` - 1 (the run's total, not a number to add)."""
+        positions = _Positions(self.plan, start, epochs)
+        yield from zip(positions, stream(self._dataset, positions, self.workers, self.prefetch), strict=True)
+
+
+class _Positions:
+    """The positions of a run, for torch's loader, which may iterate them more than once."""
+
+    def __init__(self, plan: Plan, start: Position, epochs: int):
+        self.plan, self.start, self.epochs = plan, start, epochs
+
+    def __iter__(self) -> Iterator[Position]:
+        return self.plan.positions(self.start, self.epochs)
+
+
+class _RowBatches(Dataset):
+    """Rows -> their labelled batch."""
+
+    def __init__(self, reader: Reader, transform: EvalTransform):
+        self.reader, self.transform = reader, transform
+        self.shape = transform(np.zeros((64, 64, 3), np.uint8)).shape
+
+    def __getitem__(self, rows: Sequence[int]) -> Batch | ShardError:
+        def views_of(sample: Sample) -> dict[str, np.ndarray]:
+            return {"image": self.transform(decode(sample.image or b""))}
+
+        try:
+            return assemble(self.reader, rows, Tray(len(rows), {"image": self.shape}), views_of, need_label=self.reader.index.has_labels)
+        except ShardError as error:
+            return error
+
+
+class LabelledLoader:
+    """Every sample of a set exactly once, in order, in batches with the view "image"; in a set with labels, unlabelled records are bad.
+
+    The rows are cut into one contiguous part per rank. Every rank takes the same number of batches (`len`), so that collectives match;
+    the last one may be smaller, or empty where the parts differ by the one sample that starts a batch. Nothing is padded.
+    limit: only so many samples, evenly spaced over the set; 0 for all.
+    """
+
+    def __init__(
+        self,
+        index: ShardIndex,
+        transform: EvalTransform,
+        batch: int,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        workers: int = 0,
+        prefetch: int = 2,
+        limit: int = 0,
+        cache_dir: str | Path | None = None,
+        cache_bytes: int = CACHE_BYTES,
+    ):
+        require_images(index)
+        if batch < 1 or limit < 0:
+            raise ValueError(f"batch {batch} must be positive, limit {limit} at least 0")
+        self.index, self.workers, self.prefetch = index, workers, prefetch
+        self.num_samples = min(limit, index.num_samples) if limit else index.num_samples
+        self._dataset = _RowBatches(Reader(index, cache_dir, cache_bytes), transform)
+        rows = [n * index.num_samples // self.num_samples for n in range(self.num_samples)] if limit else range(index.num_samples)
+        first, last = (self.num_samples * r // world_size for r in (rank, rank + 1))
+        largest = math.ceil(self.num_samples / world_size)
+        self._batches = [rows[first:last][n : n + batch] for n in range(0, largest, batch)]
+
+    def __len__(self) -> int:
+        """The number of batches, the same on every rank."""
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return stream(self._dataset, self._batches, self.workers, self.prefetch)
