@@ -1,0 +1,207 @@
+"""An objective as a weighted graph over views: which pairs must agree, and each view's variance and covariance once.
+
+An edge (a, b) of weight w stands for w times the pair loss
+
+    L(a, b) = lambda * inv(a, b) + mu * (var(a) + var(b)) / 2 + nu * (cov(a) + cov(b)) / 2
+
+and a sum over edges regroups exactly into
+
+    sum_e w_e L(e) = lambda * sum_e w_e inv(e) + mu * sum_v n_v var(v) + nu * sum_v n_v cov(v),
+
+with n_v half the sum of the weights of the edges that touch v. Weights are used as given.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from vicreg_mm.objectives.terms import Terms, global_terms
+
+COLLAPSED_BELOW = 0.1  # of gamma: a dimension with a smaller standard deviation counts as collapsed (the metric's definition)
+
+
+@dataclass(frozen=True)
+class Edge:
+    """Views `a` and `b` must agree."""
+
+    a: str
+    b: str
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class ViewGraph:
+    """Edges, and for "variance" and "covariance" the weight of each view where it is not half the sum of its edges' weights.
+
+    node_weights: {"variance": {view: weight}, "covariance": {view: weight}}, either or both; one that is given names every view.
+    Raises ValueError for no edges, an edge from a view to itself, one given twice, a negative weight, unknown or missing names.
+    """
+
+    edges: tuple[Edge, ...]
+    node_weights: Mapping[str, Mapping[str, float]] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "edges", tuple(self.edges))
+        if not self.edges:
+            raise ValueError("a view graph needs at least one edge")
+        seen = set()
+        for edge in self.edges:
+            if edge.a == edge.b:
+                raise ValueError(f"edge ({edge.a}, {edge.b}) joins a view to itself")
+            if frozenset((edge.a, edge.b)) in seen:
+                raise ValueError(f"edge ({edge.a}, {edge.b}) is given twice; add the weights")
+            seen.add(frozenset((edge.a, edge.b)))
+            _check_weight(f"edge ({edge.a}, {edge.b})", edge.weight)
+        for term, weights in (self.node_weights or {}).items():
+            if term not in ("variance", "covariance"):
+                raise ValueError(f"unknown term '{term}' in node_weights; known: variance, covariance")
+            if set(weights) != set(self.nodes):
+                raise ValueError(f"node_weights['{term}'] names {', '.join(sorted(weights))}; the edges join {', '.join(self.nodes)}")
+            for view, weight in weights.items():
+                _check_weight(f"node_weights['{term}']['{view}']", weight)
+
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        """The views, in the order in which the edges name them."""
+        return tuple(dict.fromkeys(view for edge in self.edges for view in (edge.a, edge.b)))
+
+    def weights_of(self, term: str) -> dict[str, float]:
+        """The weight of each view's "variance" or "covariance"."""
+        if self.node_weights is not None and term in self.node_weights:
+            return {view: self.node_weights[term][view] for view in self.nodes}
+        return {view: sum(edge.weight for edge in self.edges if view in (edge.a, edge.b)) / 2 for view in self.nodes}
+
+    def components(self) -> list["ViewGraph"]:
+        """The parts that no edge joins, without their node weights; only within a part must views have equal numbers of rows."""
+        parts: list[set[str]] = []
+        for edge in self.edges:
+            touching = [part for part in parts if part & {edge.a, edge.b}]
+            parts = [part for part in parts if part not in touching] + [{edge.a, edge.b}.union(*touching)]
+        return [ViewGraph(tuple(edge for edge in self.edges if edge.a in part)) for part in parts]
+
+
+def _check_weight(what: str, weight: float) -> None:
+    if not (math.isfinite(weight) and weight >= 0):
+        raise ValueError(f"{what} has weight {weight}; a weight must be finite and not negative")
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What an objective must be given: the names of the views."""
+
+    views: tuple[str, ...]
+
+
+class ObjectiveOutput(NamedTuple):
+    """loss: the scalar to minimise. terms: the graph-weighted sums that it is made of. logs: detached scalars per view and per edge."""
+
+    loss: Tensor
+    terms: dict[str, Tensor]
+    logs: dict[str, Tensor]
+
+
+class GraphObjective(nn.Module):
+    """The objective of a view graph, over the batch of all ranks.
+
+    graph: which views must agree. weighting: module (invariance, variance, covariance, D) -> scalar, with parameters if it
+    learns. gamma: the standard deviation that variance asks for. eps: inside its root. correction: 1 divides by N - 1, 0 by N.
+    Raises ValueError for gamma or eps that are not positive.
+    """
+
+    def __init__(self, graph: ViewGraph, weighting: nn.Module, gamma: float = 1.0, eps: float = 1e-4, correction: int = 1):
+        super().__init__()
+        for name, value in (("gamma", gamma), ("eps", eps)):
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name} = {value}; it must be finite and positive")
+        self.graph = graph
+        self.weighting = weighting
+        self.gamma, self.eps, self.correction = gamma, eps, correction
+        self.needs = Needs(views=graph.nodes)
+        self._parts = graph.components()
+        # kept out of the state dict and out of .to(bfloat16): one copy per device, made once
+        self._graph_weights: dict[torch.device, list[Tensor]] = {}
+
+    def forward(self, embeddings: Mapping[str, Tensor], context: Mapping[str, Any] | None = None) -> ObjectiveOutput:
+        """embeddings: view -> [n, D], this rank's rows; views that the graph does not name are not looked at.
+
+        context: {"row_weights": {view: [n]}}, where rows stand several times in the batch.
+        Raises ValueError if a view is missing, if shapes disagree, or if the batch of all ranks has fewer than 2 rows.
+        """
+        missing = [view for view in self.needs.views if view not in embeddings]
+        if missing:
+            needed, given = ", ".join(self.needs.views), ", ".join(embeddings) or "none"
+            raise ValueError(f"no embeddings of {', '.join(missing)}: the objective needs {needed}; given {given}")
+        dimensions = {view: embeddings[view].shape[-1] for view in self.needs.views}
+        if len(set(dimensions.values())) > 1:
+            raise ValueError(f"the views differ in dimensions: {', '.join(f'{view} {d}' for view, d in dimensions.items())}")
+        row_weights = (context or {}).get("row_weights") or {}
+        return self._output([self._part_terms(part, embeddings, row_weights) for part in self._parts])
+
+    def after_step(self, progress: float) -> None:
+        """Hand the share of training done, 0 to 1, to a weighting that changes with it."""
+        if hasattr(self.weighting, "after_step"):
+            self.weighting.after_step(progress)
+
+    def _part_terms(self, part: ViewGraph, embeddings: Mapping[str, Tensor], row_weights: Mapping[str, Tensor]) -> Terms:
+        return global_terms(
+            {view: embeddings[view] for view in part.nodes},
+            [(edge.a, edge.b) for edge in part.edges],
+            {view: row_weights[view] for view in part.nodes if view in row_weights},
+            self.gamma,
+            self.eps,
+            self.correction,
+        )
+
+    def _output(self, parts: Sequence[Terms]) -> ObjectiveOutput:
+        values = {name: torch.cat([getattr(terms, name) for terms in parts]) for name in ("invariance", "variance", "covariance")}
+        std = torch.cat([terms.std for terms in parts])
+        weights = zip(values.items(), self._weights_on(std.device), strict=True)
+        sums = {name: (value * weight).sum().to(std.dtype) for (name, value), weight in weights}
+        loss = self.weighting(sums["invariance"], sums["variance"], sums["covariance"], std.shape[1])
+        detached = {name: value.detach() for name, value in values.items()}
+        return ObjectiveOutput(loss, sums, self._logs(detached, std, torch.cat([terms.total_weight for terms in parts])))
+
+    def _logs(self, values: Mapping[str, Tensor], std: Tensor, total_weight: Tensor) -> dict[str, Tensor]:
+        nodes = [view for part in self._parts for view in part.nodes]
+        edges = [edge for part in self._parts for edge in part.edges]
+        per_view = {
+            "variance": values["variance"],
+            "covariance": values["covariance"],
+            "std_mean": std.mean(1),
+            "std_min": std.amin(1),
+            "std_max": std.amax(1),
+            "collapsed_dims": (std < COLLAPSED_BELOW * self.gamma).to(std.dtype).mean(1),
+            "covariance_floor": covariance_floor(std, total_weight),
+        }
+        logs = {f"{name}/{view}": value[v] for name, value in per_view.items() for v, view in enumerate(nodes)}
+        logs |= {f"invariance/{edge.a}-{edge.b}": values["invariance"][e] for e, edge in enumerate(edges)}
+        logs["std_mean"] = per_view["std_mean"].mean()
+        logs["std_min"] = per_view["std_min"].min()
+        logs["std_max"] = per_view["std_max"].max()
+        logs["collapsed_dims"] = per_view["collapsed_dims"].mean()
+        logs["covariance_floor"] = per_view["covariance_floor"].mean()
+        return logs
+
+    def _weights_on(self, device: torch.device) -> list[Tensor]:
+        """The weights of the invariances, variances and covariances, in the order of the parts."""
+        if device not in self._graph_weights:
+            nodes = [view for part in self._parts for view in part.nodes]
+            lists = [[edge.weight for part in self._parts for edge in part.edges]]
+            lists += [[self.graph.weights_of(term)[view] for view in nodes] for term in ("variance", "covariance")]
+            self._graph_weights[device] = [torch.tensor(weights, dtype=torch.float64, device=device) for weights in lists]
+        return self._graph_weights[device]
+
+
+def covariance_floor(std: Tensor, total_weight: Tensor) -> Tensor:
+    """What a view's covariance term is at least, given its variances: a batch of N rows has a covariance matrix of rank N - 1.
+
+    |C|_F^2 >= tr(C)^2 / rank, so cov >= max(0, (sum_d Var_d)^2 / (N - 1) - sum_d Var_d^2) / D, which for equal variances
+    sigma^2 is sigma^4 (D/(N-1) - 1). std: [V, D]. total_weight: [V], N or the sum of the row weights. Returns [V].
+    """
+    variances = std.double().square()
+    floor = variances.sum(1).square() / (total_weight - 1) - variances.square().sum(1)
+    return (floor.clamp(min=0) / std.shape[1]).to(std.dtype)

@@ -1,0 +1,251 @@
+"""Invariance, variance and covariance of the global batch, exact on any number of ranks, with a gradient that needs no collective.
+
+Notation. A view v has N rows z_i of D numbers over W ranks; this rank holds n of them. Row i has a weight w_i (1 unless
+given), S = sum_i w_i, and divisor M = S - correction. With the weighted mean m and y_i = sqrt(w_i) (z_i - m), stacked as Y [N, D]:
+
+    s_d   = sum_i Y_id^2                        Var_d = s_d / M            C = Y'Y / M
+    var   = 1/D sum_d max(0, gamma - sqrt(Var_d + eps))
+    cov   = 1/D sum_{p != q} C_pq^2
+    inv   = 1/(N D) sum_i |a_i - b_i|^2         for an edge (a, b); pairs are not weighted
+
+Covariance without the D x D matrix. |Y'Y|_F = |YY'|_F, since both are the trace of the same product, and the diagonal
+of Y'Y is s, so
+
+    cov = (|G|_F^2 - sum_d s_d^2) / (D M^2),    G = YY' [N, N].
+
+G costs D/N times less time and (D/N)^2 less memory than Y'Y and is used when N < D. Otherwise P = Y'Y is the smaller
+one; its diagonal is set to zero rather than subtracted: cov = |P_off|_F^2 / (D M^2).
+
+Gradients. Since sum_i w_i (z_i - m) = 0, what the mean contributes to a gradient vanishes, and d/dz_i = sqrt(w_i) d/dy_i:
+
+    d var / dY = -1/(D M) Y diag([std_d < gamma] / std_d),      std_d = sqrt(Var_d + eps)
+    d cov / dY = 4/(D M^2) (G Y - Y diag(s))  =  4/(D M^2) Y P_off
+    d inv / da_i = 2/(N D) (a_i - b_i) = -d inv / db_i
+
+With upstream gradients g_var and g_cov, that is for the rows of this rank
+
+    dL/dY = alpha (G Y or Y P_off) + Y diag(k),   alpha = 4 g_cov / (D M^2),
+    k_d = -g_var [std_d < gamma] / (D M std_d) - alpha s_d        (the last term with G only).
+
+Over ranks, N < D: all ranks gather Z in its own dtype, and each computes its n rows of G; |G|^2 is summed over ranks. The
+rows of dL/dY that belong to this rank take its rows of G and the gathered Z, both at hand: no collective in the backward
+pass. N >= D: sums, squares and P are summed over ranks, and a row of the gradient takes only that row and P.
+
+The factor W. Every rank computes the same global scalars, so backpropagation from each rank's own loss gives that rank's
+rows of dL/dz, once. DDP, FSDP and DeepSpeed then divide the sum over ranks of the parameters' gradients by W; dL/dz is
+therefore multiplied by W here. Nothing else is: what sees the scalars (a learnable weight) has the same gradient on all ranks.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from vicreg_mm import distributed
+from vicreg_mm.objectives.moments import Moments, centred, chunks, moments_by_columns, moments_by_rows, squared_distance
+from vicreg_mm.objectives.precision import full_precision
+
+
+class Terms(NamedTuple):
+    """The terms of the global batch, the same on all ranks; the views and edges are in the order in which they were given."""
+
+    invariance: Tensor  # [E]
+    variance: Tensor  # [V]
+    covariance: Tensor  # [V]
+    std: Tensor  # [V, D], sqrt(Var) without eps; not differentiable
+    total_weight: Tensor  # [V], the number of rows, or the sum of their weights; not differentiable
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What to compute; the edges count views. Covariance wants variance."""
+
+    edges: tuple[tuple[int, int], ...]
+    gamma: float = 1.0
+    eps: float = 1e-4
+    correction: int = 1
+    variance: bool = True
+    covariance: bool = True
+
+
+class _GlobalTerms(torch.autograd.Function):
+    """(plan, row weights [V, n] float64 or None, V views [n, D]) -> the fields of `Terms`."""
+
+    @staticmethod
+    def forward(ctx: Any, plan: _Plan, weights: Tensor | None, *views: Tensor) -> tuple[Tensor, ...]:
+        (n, num_dimensions), device = views[0].shape, views[0].device
+        counts = distributed.exchange_counts(n, device)
+        num_rows = sum(counts)
+        if num_rows < (2 if plan.variance else 1):
+            need = "variance and covariance need at least 2" if plan.variance else "invariance needs at least 1"
+            raise ValueError(f"the global batch has {num_rows} row{'s' * (num_rows != 1)}; {need}")
+        with full_precision(device):
+            inv = _invariances(plan, views) / (num_rows * num_dimensions)
+            total = torch.full((len(views),), float(num_rows), dtype=torch.float64, device=device)
+            if weights is not None:
+                total = distributed.sum_over_ranks(weights.sum(1))
+            moments = _moments(plan, views, weights, total, counts)
+            divisor = total - plan.correction
+            var = moments.squares / divisor[:, None]
+            hinge = (plan.gamma - (var + plan.eps).sqrt()).clamp_(min=0).mean(1)
+            cov = moments.off_diagonal / (num_dimensions * divisor**2)
+        ctx.plan, ctx.gram, ctx.num_rows, ctx.world_size = plan, moments.gram, num_rows, len(counts)
+        first = sum(counts[: distributed.rank()]) if moments.gram else 0
+        ctx.own = slice(first, first + n)
+        ctx.save_for_backward(
+            moments.shift, moments.residual, moments.squares, divisor, moments.roots, *views, *moments.rows, *moments.products
+        )
+        dtype = moments.shift.dtype
+        std = var.sqrt().to(dtype)
+        ctx.mark_non_differentiable(std, total)
+        return inv.to(dtype), hinge.to(dtype), cov.to(dtype), std, total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g_inv: Tensor, g_var: Tensor, g_cov: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        shift, residual, squares, divisor, roots, *tensors = ctx.saved_tensors
+        num_views, num_dimensions = shift.shape
+        views, rows, products = tensors[:num_views], tensors[num_views : 2 * num_views], tensors[2 * num_views :]
+        with full_precision(shift.device):
+            factors = g_inv * (2 * ctx.world_size / (ctx.num_rows * num_dimensions))
+            alpha, scale = _row_factors(ctx, squares, divisor, g_var, g_cov)
+            grads: list[Tensor | None] = [None] * num_views
+            for v, z in enumerate(views):
+                if not ctx.needs_input_grad[2 + v]:
+                    continue
+                root = None if roots is None else roots[v]
+                y = centred(rows[v], shift[v], residual[v], root)
+                if products:
+                    grad = products[v] @ y if ctx.gram else y @ products[v]
+                    grad.mul_(alpha[v]).addcmul_(y[ctx.own], scale[v])
+                else:
+                    grad = y[ctx.own].mul_(scale[v])
+                del y
+                if root is not None:
+                    grad.mul_(root[ctx.own, None])
+                _add_invariance_gradient(grad, v, views, ctx.plan.edges, factors)
+                grads[v] = grad.to(z.dtype)
+        return None, None, *grads
+
+
+def _invariances(plan: _Plan, views: Sequence[Tensor]) -> Tensor:
+    """sum_i |a_i - b_i|^2 of every edge over all ranks: [E] in float64."""
+    if not plan.edges:
+        return torch.zeros(0, dtype=torch.float64, device=views[0].device)
+    return distributed.sum_over_ranks(torch.stack([squared_distance(views[a], views[b]) for a, b in plan.edges]))
+
+
+def _moments(plan: _Plan, views: Sequence[Tensor], weights: Tensor | None, total: Tensor, counts: list[int]) -> Moments:
+    """The layout with the smaller matrix; zeros where no moments are wanted."""
+    dtype = torch.float64 if any(z.dtype is torch.float64 for z in views) else torch.float32
+    num_dimensions = views[0].shape[1]
+    if not plan.variance:
+        zeros = torch.zeros(len(views), num_dimensions, dtype=dtype, device=total.device)
+        return Moments(False, views, None, zeros, zeros, zeros.double(), (), torch.zeros_like(total))
+    if plan.covariance and sum(counts) < num_dimensions:
+        return moments_by_rows(views, weights, total, dtype, counts)
+    return moments_by_columns(views, weights, total, dtype, plan.covariance)
+
+
+def _row_factors(ctx: Any, squares: Tensor, divisor: Tensor, g_var: Tensor, g_cov: Tensor) -> tuple[Tensor, Tensor]:
+    """alpha [V, 1] and k [V, D] of the derivation, times the number of ranks."""
+    num_dimensions, divisor = squares.shape[1], divisor[:, None]
+    std = (squares / divisor + ctx.plan.eps).sqrt_()
+    alpha = g_cov[:, None] * (4 * ctx.world_size / num_dimensions) / divisor**2
+    k = -g_var[:, None] * (ctx.world_size / num_dimensions) * (std < ctx.plan.gamma) / (divisor * std)
+    if ctx.gram:
+        k = k - alpha * squares
+    return alpha.to(g_cov.dtype), k.to(g_cov.dtype)
+
+
+def _add_invariance_gradient(grad: Tensor, v: int, views: Sequence[Tensor], edges: Sequence[tuple[int, int]], factors: Tensor) -> None:
+    """Add factor * (z_v - z_other) to `grad` for every edge of view v, in place."""
+    for e, (a, b) in enumerate(edges):
+        if v in (a, b):
+            other = views[b if v == a else a]
+            for chunk in chunks(grad):
+                grad[chunk] += (views[v][chunk].to(grad.dtype) - other[chunk]).mul_(factors[e])
+
+
+def _checked(embeddings: Mapping[str, Tensor]) -> None:
+    first, reference = next(iter(embeddings.items()))
+    for name, z in embeddings.items():
+        if z.ndim != 2:
+            raise ValueError(f"view '{name}' has shape {list(z.shape)}; embeddings must be [N, D]")
+        if not z.is_floating_point():
+            raise ValueError(f"view '{name}' has dtype {z.dtype}; embeddings must be floating-point")
+        if z.shape != reference.shape:
+            raise ValueError(f"view '{name}' has shape {list(z.shape)}, but view '{first}' has {list(reference.shape)}; they must agree")
+
+
+def _stacked_weights(embeddings: Mapping[str, Tensor], row_weights: Mapping[str, Tensor] | None) -> Tensor | None:
+    """[V, n] in float64, ones for the views without; None where no view has any."""
+    if not row_weights:
+        return None
+    for name, weights in row_weights.items():
+        if name not in embeddings:
+            raise ValueError(f"row weights for unknown view '{name}'; known: {', '.join(embeddings)}")
+        if weights.shape != embeddings[name].shape[:1]:
+            raise ValueError(f"row weights of view '{name}' have shape {list(weights.shape)}; expected [{embeddings[name].shape[0]}]")
+    ones = next(iter(row_weights.values())).new_ones(len(next(iter(embeddings.values()))))
+    return torch.stack([row_weights.get(view, ones).detach().to(torch.float64) for view in embeddings])
+
+
+def global_terms(
+    embeddings: Mapping[str, Tensor],
+    edges: Sequence[tuple[str, str]],
+    row_weights: Mapping[str, Tensor] | None = None,
+    gamma: float = 1.0,
+    eps: float = 1e-4,
+    correction: int = 1,
+) -> Terms:
+    """Every view's variance and covariance and every edge's invariance, over the batch of all ranks.
+
+    embeddings: view -> [n, D], this rank's rows; n may differ between ranks and be 0, and must be the same for all views.
+    edges: pairs of views. row_weights: view -> [n], non-negative, for some views or none; the same views on all ranks;
+    their sum over the batch must exceed `correction`. correction: 1 divides by N - 1 (or the sum of weights - 1), 0 by N.
+    float64 in any view gives float64, everything else float32. Every rank must call this; the gradient multiplies dL/dz
+    by the number of ranks, since data-parallel wrappers average.
+    Raises ValueError if views disagree in shape, or if the global batch has fewer than 2 rows.
+    """
+    _checked(embeddings)
+    order = {name: v for v, name in enumerate(embeddings)}
+    plan = _Plan(tuple((order[a], order[b]) for a, b in edges), gamma, eps, correction)
+    return Terms(*_GlobalTerms.apply(plan, _stacked_weights(embeddings, row_weights), *embeddings.values()))
+
+
+def invariance(a: Tensor, b: Tensor) -> Tensor:
+    """Mean squared difference of paired embeddings.
+
+    1/(N D) sum_i |a_i - b_i|^2 over the global batch. a, b: [N, D], this rank's rows. Returns a float32 scalar (float64 for float64).
+    Source: VICReg (arXiv:2105.04906), Algorithm 1; its eq. 5 sums over D instead.
+    """
+    _checked({"a": a, "b": b})
+    return Terms(*_GlobalTerms.apply(_Plan(((0, 1),), variance=False, covariance=False), None, a, b)).invariance[0]
+
+
+def variance(z: Tensor, gamma: float = 1.0, eps: float = 1e-4) -> Tensor:
+    """Mean shortfall of each dimension's standard deviation below `gamma`.
+
+    mean_d max(0, gamma - sqrt(Var[z_d] + eps)), unbiased variance over the global batch.
+    z: [N, D], this rank's rows. Returns a float32 scalar in [0, gamma] (float64 for float64).
+    Raises ValueError if the global batch has fewer than 2 rows: the variance of one sample is undefined.
+    Source: VICReg (arXiv:2105.04906), eq. 1-2.
+    """
+    _checked({"z": z})
+    return Terms(*_GlobalTerms.apply(_Plan((), gamma, eps, covariance=False), None, z)).variance[0]
+
+
+def covariance(z: Tensor) -> Tensor:
+    """Sum of the squared off-diagonal covariances, over D.
+
+    1/D sum_{p != q} C_pq^2 with C the unbiased covariance matrix of the global batch. z: [N, D], this rank's rows.
+    Returns a float32 scalar (float64 for float64); at least sigma^4 (D/(N-1) - 1) where N <= D, whatever the embeddings are.
+    Raises ValueError if the global batch has fewer than 2 rows.
+    Source: VICReg (arXiv:2105.04906), eq. 3-4.
+    """
+    _checked({"z": z})
+    return Terms(*_GlobalTerms.apply(_Plan(()), None, z)).covariance[0]

@@ -1,0 +1,57 @@
+"""(invariance, variance, covariance) -> the scalar that is minimised; and the conventions by which the literature counts them."""
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from vicreg_mm.registry import unknown_name
+
+
+@dataclass(frozen=True)
+class Convention:
+    """What a user's (lambda, mu, nu) multiply, when variance and covariance are the means over the two views of an edge."""
+
+    variance: float
+    covariance: float
+    invariance_per_dimension: bool = True  # False: the invariance is summed over D, not averaged
+    correction: int = 1  # variance and covariance divide by N - correction
+
+
+CONVENTIONS = {
+    # the mean over the views: the reference document's code; VICRegL
+    "mean": Convention(1, 1),
+    # facebookresearch/vicreg, main_vicreg.py: variance averaged, covariance summed over the views
+    "official": Convention(1, 2),
+    # arXiv:2105.04906, Algorithm 1; solo-learn: both summed
+    "paper": Convention(2, 2),
+    # the reference document's written equations: both summed, invariance summed over D, 1/N throughout
+    "formula": Convention(2, 2, invariance_per_dimension=False, correction=0),
+}
+
+
+class FixedWeights(nn.Module):
+    """lambda * invariance + mu * variance + nu * covariance with constants.
+
+    lambda_, mu, nu: as the literature of that convention writes them, for instance 25, 25, 1.
+    Raises ValueError for an unknown convention and for a negative or non-finite weight.
+    """
+
+    def __init__(self, lambda_: float = 25.0, mu: float = 25.0, nu: float = 1.0, convention: str = "mean"):
+        super().__init__()
+        if convention not in CONVENTIONS:
+            raise unknown_name("convention", convention, sorted(CONVENTIONS))
+        for name, value in (("lambda_", lambda_), ("mu", mu), ("nu", nu)):
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name} = {value}; a loss weight must be finite and not negative")
+        self.lambda_, self.mu, self.nu = float(lambda_), float(mu), float(nu)
+        self.convention = CONVENTIONS[convention]
+
+    def base(self, num_dimensions: int) -> tuple[float, float, float]:
+        """What invariance (the mean over N and D), variance and covariance are multiplied by."""
+        per_dimension = 1 if self.convention.invariance_per_dimension else num_dimensions
+        return self.lambda_ * per_dimension, self.mu * self.convention.variance, self.nu * self.convention.covariance
+
+    def forward(self, invariance: Tensor, variance: Tensor, covariance: Tensor, num_dimensions: int) -> Tensor:
+        lambda_, mu, nu = self.base(num_dimensions)
+        return lambda_ * invariance + mu * variance + nu * covariance
