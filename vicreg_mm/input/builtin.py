@@ -8,6 +8,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from vicreg_mm.input.shard_cache import cache_folder
 from vicreg_mm.input.shards import write_index
 from vicreg_mm.input.writing import write_tar
 
@@ -16,12 +17,6 @@ NUM_TEST = 297  # of 1,797
 NUM_SHARDS = {"train": 8, "test": 2}
 SIDE = 32
 EDITION = "digits-1"  # part of the cache folder's name; raise it when the shards change
-
-
-def cache_folder() -> Path:
-    """Where built-in data is kept: $VICREG_MM_CACHE, else $XDG_CACHE_HOME/vicreg_mm, else ~/.cache/vicreg_mm."""
-    own = os.environ.get("VICREG_MM_CACHE")
-    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vicreg_mm"
 
 
 def digits(split: str, folder: str | Path | None = None) -> Path:

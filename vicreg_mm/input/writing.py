@@ -4,48 +4,33 @@ Position p of the seeded permutation belongs to shard p // samples_per_shard, be
 shard shorter. So a shard depends on nothing but the images, the seed and the shard size, and each can be written again on its own.
 """
 
+import argparse
 import fcntl
 import hashlib
 import json
 import multiprocessing
 import os
 import shutil
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 from webdataset import TarWriter
 
 from vicreg_mm.input.decode import BadImage, decode
+from vicreg_mm.input.listing import Item, Listing
 from vicreg_mm.input.shards import ShardIndex, write_index
 
 PARTIAL = ".partial"  # what is not finished yet, and one report per finished shard; removed at the end
 SETTINGS = "source.json"
 SIGNATURES = {"jpg": b"\xff\xd8\xff", "png": b"\x89PNG\r\n\x1a\n", "webp": b"RIFF"}
-
-
-class Item(NamedTuple):
-    """One image: the file `name` below the listing's root or, where `size` is given, the bytes at `offset` of the root, a tar."""
-
-    name: str
-    label: int | None
-    offset: int = 0
-    size: int | None = None
-
-
-@dataclass(frozen=True)
-class Listing:
-    """All images of a source in a fixed order; `classes` names the labels 0, 1, ... and is empty where there are none."""
-
-    root: Path
-    items: list[Item]
-    classes: list[str]
-    ignored: int = 0
 
 
 @dataclass(frozen=True)
@@ -98,7 +83,7 @@ def write_shards(
         _write_json(folder / "bad.json", bad)
         if listing.classes:
             _write_json(folder / "classes.json", listing.classes)
-        index = write_index(folder)
+        index = write_index(folder, processes=jobs)
         shutil.rmtree(folder / PARTIAL)
     return Written(index.num_samples, len(index.shards), new, bad)
 
@@ -202,7 +187,7 @@ def _checked(root: Path, items: list[tuple[int, Item]], bad: list[tuple[str, str
             field = _field(data)
             decode(data)
         except (BadImage, OSError) as error:
-            bad.append((item.name, str(error).splitlines()[0]))
+            bad.append((item.name, (str(error) or type(error).__name__).splitlines()[0]))
             continue
         sample = {"__key__": _key(number, item.name), field: data}
         if item.label is not None:
@@ -238,3 +223,41 @@ def _write_json(file: Path, value: Any) -> None:
     temporary = file.with_name(file.name + ".new")
     temporary.write_text(json.dumps(value, indent=1, ensure_ascii=True) + "\n")
     os.replace(temporary, file)
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """The arguments that all scripts which write shards have in common."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path, metavar="SOURCE", help="where the images are")
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder for the shards: new, empty, or begun by the same command")
+    parser.add_argument("--samples_per_shard", type=int, default=1000, help="default: 1000")
+    parser.add_argument("--seed", type=int, default=0, help="of the shuffle over the whole set; default: 0")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes; default: one per CPU core")
+    return parser
+
+
+def write_from_command_line(list_images: Callable[[], Listing], options: argparse.Namespace) -> int:
+    """List, write, and say what came of it; an error is one line on stderr. Returns the exit code."""
+    start = time.monotonic()
+    try:
+        if options.out.resolve().is_relative_to(options.source.resolve()):
+            raise ValueError(f"{options.out} lies inside {options.source}, among the images; name a folder outside")
+        listing = list_images()
+        written = write_shards(listing, options.out, options.samples_per_shard, options.seed, options.jobs, progress=True)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (OSError, BrokenExecutor) as error:
+        print(f"error: {error}; the same command continues with what is missing", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped; the same command continues with what is missing", file=sys.stderr)
+        return 130
+    labels = f"{len(listing.classes)} classes" if listing.classes else "no labels"
+    seconds = time.monotonic() - start
+    print(f"{options.out}: {written.samples:,} images, {labels}, {written.shards} shards ({written.new_shards} new), {seconds:.1f} s")
+    if listing.ignored:
+        print(f"{listing.ignored} files that are no images were ignored")
+    if written.bad:
+        print(f"{len(written.bad)} bad images were left out, listed in {options.out / 'bad.json'}; the first: {': '.join(written.bad[0])}")
+    return 0
