@@ -1,7 +1,3 @@
-from dataclasses import dataclass
-from pathlib import Path
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
@@ -14,23 +10,12 @@ from vicreg_mm.evaluation.features import extract_features, frozen, raw_pixels
 from vicreg_mm.evaluation.knn import knn_accuracy, knn_predictions
 from vicreg_mm.evaluation.linear_probe import draw_per_class, few_labels, linear_probe
 from vicreg_mm.evaluation.report import compare_encoders, evaluation_table
+from vicreg_mm.input.loader import Batch
 
 
-@dataclass
-class Batch:
-    views: dict
-    labels: torch.Tensor
-
-
-class Loader:
-    """What the metrics need of the library's loader: batches in order, and where they are from."""
-
-    def __init__(self, images, labels, folder="here", batch=7):
-        self.index = SimpleNamespace(folder=Path(folder))
-        self.batches = [Batch({"image": i}, y) for i, y in zip(images.split(batch), labels.split(batch), strict=True)]
-
-    def __iter__(self):
-        return iter(self.batches)
+def batches(images, labels, size=7):
+    """What a LabelledLoader gives."""
+    return [Batch({"image": i}, torch.arange(len(i)), y, len(i)) for i, y in zip(images.split(size), labels.split(size), strict=True)]
 
 
 def blobs(n, classes=4, dimensions=16, noise=1.0, seed=0):
@@ -53,7 +38,7 @@ def tiny_images(n, seed=0):
 
 def test_features_come_in_the_order_of_the_data_in_float32():
     images, labels = tiny_images(17)
-    features, classes = extract_features(lambda x: x.flatten(1).to(torch.bfloat16), Loader(images, labels))
+    features, classes = extract_features(lambda x: x.flatten(1).to(torch.bfloat16), batches(images, labels))
     assert torch.equal(features, images.flatten(1).to(torch.bfloat16).float())
     assert torch.equal(classes, labels)
 
@@ -63,7 +48,8 @@ def test_frozen_normalises_and_leaves_every_mode_as_it_was():
     encoder[1].eval()  # a part that the user froze
     images, labels = tiny_images(9)
     before = encoder[1].running_mean.clone()
-    features, _ = extract_features(frozen(encoder, (0.5, 0.4, 0.3), (0.2, 0.2, 0.1)), Loader(images, labels))
+    encoder.mean, encoder.std = (0.5, 0.4, 0.3), (0.2, 0.2, 0.1)
+    features, _ = extract_features(frozen(encoder), batches(images, labels))
     expected = (images.float() / 255 - torch.tensor([0.5, 0.4, 0.3]).view(3, 1, 1)) / torch.tensor([0.2, 0.2, 0.1]).view(3, 1, 1)
     assert torch.allclose(features, expected.flatten(1), atol=1e-4)
     assert [part.training for part in encoder.modules()] == [True, True, False, True]
@@ -73,14 +59,24 @@ def test_frozen_normalises_and_leaves_every_mode_as_it_was():
 
 def test_an_empty_set_a_missing_label_and_nan_features_are_errors():
     images, labels = tiny_images(6)
-    with pytest.raises(ValueError, match="N >= 1"):
+    with pytest.raises(ValueError, match="no batches"):
         extract_features(raw_pixels, [])
     with pytest.raises(ValueError, match=r"6 of 6 samples have no label.*KEY\.cls"):
-        extract_features(raw_pixels, [Batch({"image": images}, None)])
+        extract_features(raw_pixels, [Batch({"image": images}, torch.arange(6), None, 6)])
     with pytest.raises(ValueError, match="2 of 6 samples have no label"):
-        extract_features(raw_pixels, Loader(images, torch.where(labels == 0, -1, labels)))
+        extract_features(raw_pixels, batches(images, torch.where(labels == 0, -1, labels)))
     with pytest.raises(ValueError, match="6 of 6 samples contain NaN"):
-        extract_features(lambda x: raw_pixels(x) / 0 * 0, Loader(images, labels))
+        extract_features(lambda x: raw_pixels(x) / 0 * 0, batches(images, labels))
+
+
+def test_an_empty_batch_still_calls_the_encoder_and_bad_records_are_told(caplog):
+    images, labels = tiny_images(4)
+    calls = []
+    empty = Batch({"image": images[:0]}, torch.arange(0), labels[:0], 1, ("shard 'a.tar' row 3: bad image (x)",))
+    loader = [*batches(images, labels), empty]
+    features, classes = extract_features(lambda x: calls.append(len(x)) or raw_pixels(x), loader)
+    assert (calls, len(features), len(classes)) == ([4, 1], 4, 4)
+    assert "left out 1 bad records; the first: shard 'a.tar' row 3" in caplog.text
 
 
 # nearest neighbours
@@ -200,7 +196,7 @@ def test_sets_that_do_not_fit_together_are_refused():
 
 
 def test_compare_encoders_puts_raw_pixels_first_and_the_table_shows_every_row():
-    train, test = Loader(*tiny_images(60), "train"), Loader(*tiny_images(30, seed=1), "test")
+    train, test = batches(*tiny_images(60)), batches(*tiny_images(30, seed=1))
     rows = compare_encoders({"random encoder": lambda x: raw_pixels(x)[:, :5], "pretrained encoder": raw_pixels}, train, test)
     assert [row["encoder"] for row in rows] == ["raw pixels", "random encoder", "pretrained encoder"]
     assert {key: value for key, value in rows[0].items() if key != "encoder"} == {k: v for k, v in rows[2].items() if k != "encoder"}
@@ -212,17 +208,16 @@ def test_compare_encoders_puts_raw_pixels_first_and_the_table_shows_every_row():
 
 
 def test_k_is_cut_to_a_small_train_set():
-    rows = compare_encoders({}, Loader(*tiny_images(12), "train"), Loader(*tiny_images(9, seed=1), "test"))
+    rows = compare_encoders({}, batches(*tiny_images(12)), batches(*tiny_images(9, seed=1)))
     assert rows[0]["k"] == 12
 
 
-def test_train_and_test_from_the_same_shards_are_refused():
-    loader = Loader(*tiny_images(12), "shards/train")
-    with pytest.raises(ValueError, match=r"both from shards/train"):
-        compare_encoders({}, loader, Loader(*tiny_images(12), "shards/../shards/train"))
+def test_the_same_images_for_train_and_test_are_refused():
+    with pytest.raises(ValueError, match="train and test loader give the same images"):
+        compare_encoders({}, batches(*tiny_images(12)), batches(*tiny_images(12), size=5))
 
 
 def test_an_error_while_measuring_is_raised_not_swallowed():
     images, labels = tiny_images(12)
     with pytest.raises(ValueError, match="class 0 has 1 train samples"):
-        compare_encoders({}, Loader(images[:3], labels[:3], "train"), Loader(images, labels, "test"))
+        compare_encoders({}, batches(images[:3], labels[:3]), batches(images, labels))

@@ -1,51 +1,64 @@
 """Frozen features of a whole labelled set, in the order of the data, on one rank or many."""
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vicreg_mm import distributed
+from vicreg_mm.encoders import VisionEncoder
+from vicreg_mm.input.loader import Batch
+from vicreg_mm.model import Normalize
 
+log = logging.getLogger(__name__)
 Encode = Callable[[Tensor], Tensor]  # uint8 images [n, 3, H, W] -> features [n, F]
 
 
 @torch.no_grad()
-def extract_features(encode: Encode, loader: Iterable[Any], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+def extract_features(encode: Encode, loader: Iterable[Batch], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
     """Features [N, F], float32, and labels [N], int64, of all samples of the loaders of all ranks, on the CPU of every rank.
 
     encode: uint8 images [n, 3, H, W] on `device` to features [n, F]; it normalises, and sees to evaluation mode (`frozen` does both).
-    loader: batches with `views["image"]` and `labels`, this rank's contiguous part of the data; ranks may have unequal numbers of samples
-    and of batches, even none. N counts what was decoded: a bad record is left out.
+    loader: this rank's part of the data, in order, with the view "image", in as many batches as every other rank's (`LabelledLoader`);
+    a batch may have fewer images than on other ranks, even none. N counts what was decoded: a bad record is left out, with a warning.
     Raises ValueError, on every rank, for an empty set, a set without labels, or features that are not finite.
     """
     features: list[Tensor] = []
     labels: list[Tensor] = []
+    bad: list[str] = []
     for batch in loader:
         images = batch.views["image"]
-        if len(images) == 0:
-            continue
-        rows = encode(images.to(device, non_blocking=True))
-        features.append(rows.float().flatten(1).cpu())
-        labels.append(torch.full((len(images),), -1) if batch.labels is None else batch.labels.cpu().long())
-    gathered, classes = _gathered(features, labels, torch.device(device))
-    check_features(gathered, classes, "the")
-    return gathered, classes
+        # an encoder may have collectives of its own (ZeRO 3), so every rank calls it for every batch
+        rows = encode((images if len(images) else images.new_zeros(1, *images.shape[1:])).to(device, non_blocking=True))
+        features.append(rows[: len(images)].flatten(1).float().cpu())
+        labels.append(torch.full((len(images),), -1) if batch.labels is None else batch.labels.cpu())
+        bad += batch.bad
+    if bad:
+        log.warning("left out %d bad records; the first: %s", len(bad), bad[0])
+    if not features:
+        raise ValueError("there are no batches to take features of")
+    mine, classes = torch.cat(features), torch.cat(labels)
+    if distributed.world_size() > 1:
+        counts = distributed.exchange_counts(len(mine), torch.device(device))
+        # over `device`, since a process group may know no other
+        mine, classes = (distributed.gather_rows(rows.to(device), counts).cpu() for rows in (mine, classes))
+    check_features(mine, classes, "the")
+    return mine, classes
 
 
-def frozen(encoder: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]) -> Encode:
-    """An `encode` for `extract_features`: uint8 images / 255, normalised by channel, through `encoder` in evaluation mode.
+def frozen(encoder: VisionEncoder) -> Encode:
+    """An `encode` for `extract_features`: uint8 images, normalised as the encoder wants them, through it in evaluation mode.
 
     The mode of every submodule is put back after each batch, so that an encoder in training can be looked at.
     """
+    normalize = Normalize(encoder.mean, encoder.std)
 
     def encode(images: Tensor) -> Tensor:
-        scale = torch.tensor(std, device=images.device).view(-1, 1, 1)
-        shift = torch.tensor(mean, device=images.device).view(-1, 1, 1)
+        dtype = next((p.dtype for p in encoder.parameters() if p.is_floating_point()), torch.float32)  # DeepSpeed's bf16 casts them
         with evaluating(encoder):
-            return encoder((images.float() / 255 - shift) / scale)
+            return encoder(normalize.to(images.device)(images).to(dtype))
 
     return encode
 
@@ -90,17 +103,3 @@ def check_pair(train_features: Tensor, train_labels: Tensor, test_features: Tens
     unknown = sorted(set(test_labels.unique().tolist()) - set(train_labels.unique().tolist()))
     if unknown:
         raise ValueError(f"test labels {', '.join(map(str, unknown[:5]))} do not occur in the train set: are both from one data set?")
-
-
-def _gathered(features: list[Tensor], labels: list[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
-    """The rows of all ranks, in rank order, which is the order of the data."""
-    num_rows = sum(len(rows) for rows in features)
-    counts = distributed.exchange_counts(num_rows, device)
-    # a rank without samples does not know the width; it learns it here
-    width = max(distributed.exchange_counts(features[0].shape[1] if features else 0, device))
-    mine = torch.cat(features) if features else torch.empty(0, width)
-    classes = torch.cat(labels) if labels else torch.empty(0, dtype=torch.int64)
-    if distributed.world_size() == 1:
-        return mine, classes
-    # over `device`, since a process group may know no other
-    return distributed.gather_rows(mine.to(device), counts).cpu(), distributed.gather_rows(classes.to(device), counts).cpu()
