@@ -6,6 +6,7 @@ position. A bad record (unreadable, or an image that does not decode) is left ou
 
 import math
 import signal
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -167,6 +168,17 @@ class _PlannedBatches(Dataset):
             return error
 
 
+def _warn_of_small_cache(index: ShardIndex, plan: Plan, first: int, last: int, cache_bytes: int) -> None:
+    """A cache below the shards in use works, but fetches a whole shard for every few samples."""
+    needed = sum(index.shards[shard].size for shard in plan.shards_in_use(0, 0, first, last).tolist())
+    if needed > cache_bytes:
+        warnings.warn(
+            f"the shards in use at a time by one rank are {needed / 2**30:.2f} GiB, the cache holds {cache_bytes / 2**30:.2f} GiB: "
+            "shards will be fetched again and again; allow more, or lower the slots",
+            stacklevel=3,
+        )
+
+
 class PretrainLoader:
     """This rank's part of every planned global batch, as views made by `policy`.
 
@@ -193,7 +205,10 @@ class PretrainLoader:
             raise ValueError(f"the plan is of {plan.num_samples} samples in {len(plan.counts)} shards, not of {index}")
         share = share_of(plan.batch, world_size)
         self.plan, self.workers, self.prefetch = plan, workers, prefetch
-        self._dataset = _PlannedBatches(Reader(index, cache_dir, cache_bytes), policy, plan, rank * share, (rank + 1) * share)
+        first, last = rank * share, (rank + 1) * share
+        if index.remote:
+            _warn_of_small_cache(index, plan, first, last, cache_bytes)
+        self._dataset = _PlannedBatches(Reader(index, cache_dir, cache_bytes), policy, plan, first, last)
 
     @property
     def steps_per_epoch(self) -> int:

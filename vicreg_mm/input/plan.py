@@ -107,14 +107,15 @@ class Plan:
         return places + shift[np.searchsorted(ends, places, side="right")]
 
     def shards_in_use(self, epoch: int, step: int, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """The shards that the current blocks of the slots behind these rows touch: what a cache should hold at a time."""
+        """The shards under the blocks that these rows of a batch are drawn from: what a cache should hold at a time."""
         self._check(epoch, step)
         stop = self.batch if stop is None else stop
         share, length = self.batch // self.slots, self._slot_length
         order, (ends, _, rotation) = self._order(epoch), self._sequence(epoch)
         used: set[int] = set()
         for slot in range(start // share, -(-stop // share)):
-            first, last = self._block_range(slot, self._block_of(slot, step * share))
+            first, _ = self._block_range(slot, self._block_of(slot, step * share))
+            _, last = self._block_range(slot, self._block_of(slot, (step + 1) * share - 1))
             places = np.array([slot * length + first, slot * length + last - 1]) + rotation
             low, high = np.searchsorted(ends, places % self.num_samples, side="right")
             wraps = places[1] // self.num_samples > places[0] // self.num_samples
