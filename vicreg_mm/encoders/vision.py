@@ -209,7 +209,9 @@ def _build_open_clip(name: str, architecture: str, given: dict[str, Any]) -> Vis
     if vision.get("timm_model_name"):
         raise ValueError(f"encoder '{name}' is timm's; ask for 'timm/{vision['timm_model_name']}'")
     if not isinstance(vision.get("layers", 12), int):
-        raise ValueError(f"encoder '{name}' is CLIP's modified ResNet, which has no features before its projection; ask for a ViT or for timm's")
+        raise ValueError(
+            f"encoder '{name}' is CLIP's modified ResNet, which has no features before its projection; ask for a ViT or for timm's"
+        )
     _refuse(name, given, "drop_path", "stem", "zero_init_residual")
     vision["output_tokens"] = False
     vision["image_size"] = given["image_size"] or vision.get("image_size", 224)

@@ -10,7 +10,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 MAX_PIXELS = 89_478_485  # a quarter of a GiB of RGB; Pillow's own default (Image.MAX_IMAGE_PIXELS)
 
 # A closed list: among the others that Pillow knows, EPS starts an interpreter.
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
 _START_OF_FRAME = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # C4, C8, CC: tables and an extension, not frames
 _STANDALONE = frozenset({0x01, *range(0xD0, 0xD9)})  # markers without a length

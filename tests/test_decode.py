@@ -1,0 +1,177 @@
+"""Decoding: every kind of file gives the right upright RGB, and every bad one a reason."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_sample_image
+
+from vicreg_mm.input.decode import BadImage, decode
+
+
+@pytest.fixture(scope="module")
+def photo() -> Image.Image:
+    return Image.fromarray(load_sample_image("china.jpg")[:120, :200])
+
+
+def encoded(image: Image.Image, kind: str, **options) -> bytes:
+    out = io.BytesIO()
+    image.save(out, kind, **options)
+    return out.getvalue()
+
+
+def error(a: np.ndarray, b) -> float:
+    return float(np.abs(a.astype(int) - np.asarray(b).astype(int)).mean())
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}, {"quality": 20}])
+def test_a_jpeg_decodes_as_pillow_decodes_it(photo, options):
+    data = encoded(photo, "JPEG", **options)
+    expected = np.asarray(Image.open(io.BytesIO(data)))
+    assert error(decode(data), expected) < 0.5  # two builds of libjpeg may round their inverse cosine transform differently
+
+
+def test_decoded_images_are_writable_and_contiguous(photo):
+    for kind in ("JPEG", "PNG", "WEBP"):
+        image = decode(encoded(photo, kind))
+        assert image.dtype == np.uint8 and image.shape == (120, 200, 3) and image.flags.writeable and image.flags.c_contiguous
+
+
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "PPM"])
+def test_lossless_formats_decode_exactly(photo, kind):
+    np.testing.assert_array_equal(decode(encoded(photo, kind)), np.asarray(photo))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_a_grayscale_image_gets_three_equal_channels(photo, kind):
+    image = decode(encoded(photo.convert("L"), kind))
+    assert error(image, np.asarray(photo.convert("L"))[..., None].repeat(3, 2)) < 3
+    assert (image[..., 0] == image[..., 1]).all() and (image[..., 1] == image[..., 2]).all()
+
+
+def test_a_cmyk_jpeg_comes_out_in_its_own_colours(photo):
+    assert error(decode(encoded(photo.convert("CMYK"), "JPEG", quality=95)), photo) < 6  # JPEG's own loss
+
+
+def test_a_palette_image_comes_out_in_the_colours_of_its_palette(photo):
+    palette = photo.quantize(64)
+    for kind in ("PNG", "GIF"):
+        np.testing.assert_array_equal(decode(encoded(palette, kind)), np.asarray(palette.convert("RGB")))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_a_16_bit_image_keeps_its_upper_8_bits(kind):
+    ramp = np.linspace(0, 65535, 64 * 64).astype(np.uint16).reshape(64, 64)
+    np.testing.assert_array_equal(decode(encoded(Image.fromarray(ramp), kind))[..., 1], ramp >> 8)
+
+
+def test_a_16_bit_colour_png_keeps_its_upper_8_bits():
+    pixels = np.random.default_rng(0).integers(0, 65536, (8, 8, 3), dtype=np.uint16)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    data = b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 8, 16, 2, 0, 0, 0))
+    data += _chunk(b"IDAT", zlib.compress(rows)) + _chunk(b"IEND", b"")
+    np.testing.assert_array_equal(decode(data), pixels >> 8)
+
+
+@pytest.mark.parametrize("kind", ["RGBA", "LA", "palette"])
+def test_what_is_transparent_is_white(photo, kind):
+    alpha = np.full((120, 200), 255, np.uint8)
+    alpha[:, :100] = 0
+    image = photo.convert("RGBA" if kind == "RGBA" else "LA")
+    image.putalpha(Image.fromarray(alpha))
+    if kind == "palette":
+        image = photo.quantize(16)
+        data = encoded(image, "PNG", transparency=bytes([0] * 8 + [255] * 8))
+        clear = np.asarray(image) < 8
+    else:
+        data = encoded(image, "PNG")
+        clear = alpha == 0
+    decoded = decode(data)
+    assert (decoded[clear] == 255).all()
+    np.testing.assert_array_equal(decoded[~clear], np.asarray(image.convert("RGB"))[~clear])
+
+
+def test_half_transparent_black_is_middle_gray():
+    assert decode(encoded(Image.new("RGBA", (4, 4), (0, 0, 0, 128)), "PNG"))[0, 0].tolist() == [127, 127, 127]
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP"])
+def test_an_animation_gives_its_first_frame(kind):
+    frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "lime", "blue")]
+    options = {"lossless": True} if kind == "WEBP" else {}
+    data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options)
+    assert (decode(data) == (255, 0, 0)).all()
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(orientation, kind):
+    quadrants = np.zeros((32, 64, 3), np.uint8)
+    quadrants[:16, :32], quadrants[:16, 32:], quadrants[16:, :32] = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    turned = {1: 0, 2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+              5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+              8: Image.Transpose.ROTATE_90}[orientation]  # fmt: skip
+    image = Image.fromarray(quadrants)
+    upright = np.asarray(image if orientation == 1 else image.transpose(turned))
+    decoded = decode(encoded(image, kind, exif=exif, quality=95))
+    assert decoded.shape == upright.shape
+    assert error(decoded, upright) < 6  # the colours bleed at the edges of the quadrants
+
+
+def test_bytes_behind_the_end_of_a_jpeg_do_no_harm(photo):
+    data = encoded(photo, "JPEG")
+    assert error(decode(data + b"\0" * 100), decode(data)) < 0.5
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM"])
+@pytest.mark.parametrize("kept", [0.02, 0.5, 0.98])
+def test_a_truncated_file_is_a_bad_image(photo, kind, kept):
+    data = encoded(photo, kind)
+    with pytest.raises(BadImage, match=r"cannot be decoded|no complete image"):
+        decode(data[: int(len(data) * kept)])
+
+
+@pytest.mark.parametrize("data", [b"", b"\xff\xd8", b"\xff\xd8\xff\xd9", b"<html>not found</html>", b"\xff\xd8\xff\xc0\x00", bytes(1000)])
+def test_bytes_that_are_no_image_are_a_bad_image(data):
+    with pytest.raises(BadImage, match=f"{len(data)} bytes that are no complete image of a known format"):
+        decode(data)
+
+
+def test_postscript_is_never_interpreted():
+    with pytest.raises(BadImage, match="known format"):
+        decode(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n")
+
+
+def _chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_a_decompression_bomb_is_refused_from_its_header():
+    """The pixels of these files are missing or invalid, so nothing but the header can have been read."""
+    png = b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", struct.pack(">IIBBBBB", 12000, 12000, 8, 2, 0, 0, 0)) + _chunk(b"IDAT", b"") * 2
+    frame = struct.pack(">BHHB", 8, 12000, 12000, 3) + bytes((1, 17, 0, 2, 17, 0, 3, 17, 0))
+    jpeg = b"\xff\xd8\xff\xc0" + struct.pack(">H", len(frame) + 2) + frame + b"\xff\xd9"
+    for data in (png, jpeg):
+        with pytest.raises(BadImage, match=r"12000 x 12000 pixels, more than the limit of 89478485 \(a decompression bomb\?\)"):
+            decode(data)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_the_limit_counts_pixels(photo, kind):
+    data = encoded(photo, kind)
+    assert decode(data, max_pixels=24000).shape == (120, 200, 3)
+    with pytest.raises(BadImage, match="200 x 120 pixels, more than the limit of 23999"):
+        decode(data, max_pixels=23999)
+
+
+def test_pixels_without_a_defined_white_are_a_bad_image():
+    with pytest.raises(BadImage, match="32-bit gray values from 0 to 70000"):
+        decode(encoded(Image.fromarray(np.array([[0, 70000]], np.int32)), "TIFF"))
+    with pytest.raises(BadImage, match="floating-point pixels have no defined white"):
+        decode(encoded(Image.fromarray(np.zeros((2, 2), np.float32)), "TIFF"))
