@@ -104,10 +104,10 @@ def gather_rows(rows: Tensor, counts: list[int]) -> Tensor:
     if rows.shape[0] < longest:
         rows = torch.cat([rows, rows.new_zeros(longest - rows.shape[0], *rows.shape[1:])])
     gathered = rows.new_empty(len(counts) * longest, *rows.shape[1:])
-    # gloo does not carry every dtype; moving bits is exact, whatever they mean
-    half = rows.dtype in (torch.bfloat16, torch.float16)
-    source = rows.contiguous()
-    dist.all_gather_into_tensor(gathered.view(torch.int16) if half else gathered, source.view(torch.int16) if half else source)
+    source, target = rows.contiguous(), gathered
+    if rows.dtype in (torch.bfloat16, torch.float16):  # gloo carries no 16-bit type; moving bytes is exact, whatever they mean
+        source, target = source.view(torch.uint8), target.view(torch.uint8)
+    dist.all_gather_into_tensor(target, source)
     if min(counts) == longest:
         return gathered
     return torch.cat([gathered[r * longest : r * longest + count] for r, count in enumerate(counts)])
