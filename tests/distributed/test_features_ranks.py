@@ -50,32 +50,58 @@ def error_of(train, test):
     return str(error.value)
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_features_are_those_of_one_process_in_the_order_of_the_data(tmp_path, world_size):
-    folder = write_set(tmp_path / "set", 29, seed=0, bad=(3, 4, 28))
-    features, labels = features_of(folder)
+def everything(sets):
+    return {
+        "features": features_of(sets["holes"]),
+        "half": features_of(sets["half"], 2),
+        "rows": rows_of(sets["train"], sets["test"]),
+        "error": error_of(sets["no_class_2"], sets["test"]),
+    }
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory):
+    root = tmp_path_factory.mktemp("sets")
+    return {
+        "holes": write_set(root / "holes", 29, seed=0, bad=(3, 4, 28)),
+        "half": write_set(root / "half", 12, seed=0, bad=range(6, 12)),
+        "train": write_set(root / "train", 60, seed=0),
+        "test": write_set(root / "test", 31, seed=1),
+        "no_class_2": write_set(root / "no_class_2", 14, seed=0, bad=(2, 5, 8, 11)),
+    }
+
+
+@pytest.fixture(scope="module")
+def alone(sets):
+    return everything(sets)
+
+
+@pytest.fixture(scope="module")
+def together(sets):
+    """What each of two ranks has; they start once for all tests, since that takes seconds."""
+    return run_ranks(everything, 2, sets)
+
+
+def test_features_are_those_of_one_process_in_the_order_of_the_data(alone, together, sets):
+    features, labels = alone["features"]
     assert labels.tolist() == [n % 3 for n in range(29) if n not in (3, 4, 28)]
-    for found, classes in run_ranks(features_of, world_size, folder):
+    for found, classes in [*(rank["features"] for rank in together), *run_ranks(features_of, 3, sets["holes"])]:
         assert torch.equal(found, features)
         assert torch.equal(classes, labels)
 
 
-def test_a_rank_without_a_single_good_sample_takes_part(tmp_path):
-    folder = write_set(tmp_path / "set", 12, seed=0, bad=range(6, 12))
-    features, labels = features_of(folder)
-    for found, classes in run_ranks(features_of, 2, folder, 2):
-        assert torch.equal(found, features)
-        assert classes.tolist() == labels.tolist() == [0, 1, 2, 0, 1, 2]
+def test_a_rank_without_a_single_good_sample_takes_part(alone, together):
+    for rank in (alone, *together):
+        found, classes = rank["half"]
+        assert torch.equal(found, alone["half"][0])
+        assert classes.tolist() == [0, 1, 2, 0, 1, 2]
 
 
-def test_the_table_is_the_same_on_every_rank_and_that_of_one_process(tmp_path):
-    train, test = write_set(tmp_path / "train", 60, seed=0), write_set(tmp_path / "test", 31, seed=1)
-    expected = rows_of(train, test)
-    assert 1 / 3 < expected[0]["linear"] <= 1
-    assert run_ranks(rows_of, 2, train, test) == [expected, expected]
+def test_the_table_is_the_same_on_every_rank_and_that_of_one_process(alone, together):
+    assert [row["encoder"] for row in alone["rows"]] == ["raw pixels", "brightness"]
+    assert [rank["rows"] for rank in together] == [alone["rows"], alone["rows"]]
 
 
-def test_an_error_of_rank_0_is_raised_on_every_rank(tmp_path):
-    train, test = write_set(tmp_path / "train", 14, seed=0, bad=(2, 5, 8, 11)), write_set(tmp_path / "test", 12, seed=1)
-    first, second = run_ranks(error_of, 2, train, test)
-    assert first == second == "test labels 2 do not occur in the train set: are both from one data set?"
+def test_an_error_of_rank_0_is_raised_on_every_rank(together):
+    for rank in together:
+        assert rank["error"] == "test labels 2 do not occur in the train set: are both from one data set?"

@@ -79,6 +79,7 @@ def write_shards(
         if len(bad) == len(listing.items):
             shutil.rmtree(folder / PARTIAL)
             (folder / SETTINGS).unlink()
+            folder.rmdir()
             raise ValueError(f"none of the {len(bad)} images in {listing.root} can be used; the first: {bad[0][0]}: {bad[0][1]}")
         _write_json(folder / "bad.json", bad)
         if listing.classes:
