@@ -1,0 +1,199 @@
+"""Remote shards from a server on this machine: `vicreg_mm.input.shard_cache` and the reader above it."""
+
+import multiprocessing
+import os
+import threading
+from collections import Counter
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from tests.shard_makers import jpeg, write_set
+from vicreg_mm.input.loader import PretrainLoader
+from vicreg_mm.input.plan import Plan, Position
+from vicreg_mm.input.shard_cache import ShardCache
+from vicreg_mm.input.shards import Reader, ShardError, ShardIndex, write_index
+from vicreg_mm.input.views import build_policy
+
+NUM_SHARDS, PER_SHARD = 6, 4
+
+
+class Handler(SimpleHTTPRequestHandler):
+    def do_GET(self):
+        self.server.requests[self.path] += 1
+        super().do_GET()
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def served(tmp_path, monkeypatch):
+    """(folder, URL, requests by path) of an indexed set behind a server."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    folder = write_set(tmp_path / "served", [PER_SHARD] * NUM_SHARDS)
+    write_index(folder)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(folder)))
+    server.requests = Counter()
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    yield folder, f"http://127.0.0.1:{server.server_port}", server.requests
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def cached_bytes(cache):
+    return sum(file.stat().st_size for file in cache.iterdir() if file.suffix in (".tar", ".part"))
+
+
+def cached_files(cache):
+    return sorted(file.name for file in cache.iterdir() if file.suffix in (".tar", ".part"))
+
+
+def test_a_remote_set_reads_like_the_local_one_through_a_cache_smaller_than_it(served, tmp_path):
+    folder, url, requests = served
+    local, index = ShardIndex.open(folder), ShardIndex.open(url, cache_dir=tmp_path / "cache")
+    assert index.remote and index.counts == local.counts
+    limit = 2 * max(shard.size for shard in index.shards)
+    remote_reader, local_reader = Reader(index, tmp_path / "cache", limit), Reader(local)
+    for row in (*range(index.num_samples), 0, 23, 5):
+        assert remote_reader.read(row) == local_reader.read(row)
+        assert cached_bytes(tmp_path / "cache") <= limit
+    assert requests["/s-00.tar"] == 2 and requests["/s-03.tar"] == 1
+
+
+def test_the_least_recently_used_copy_goes_first(served, tmp_path):
+    _, url, requests = served
+    index = ShardIndex.open(url, cache_dir=tmp_path / "cache")
+    cache = ShardCache(tmp_path / "cache", 2 * index.shards[0].size)
+    for number, shard in enumerate((0, 1, 0, 2)):
+        descriptor = cache.open(index.address(shard), index.shards[shard].size)
+        os.utime(descriptor, (number, number))  # what `keep` does, at a time of its own
+        os.close(descriptor)
+    os.close(cache.open(index.address(0), index.shards[0].size))
+    assert requests["/s-00.tar"] == 1
+    os.close(cache.open(index.address(1), index.shards[1].size))
+    assert requests["/s-01.tar"] == 2
+
+
+def read_rows(reader, rows, answers):
+    answers.put([reader.read(row).image for row in rows])
+
+
+@pytest.mark.parametrize(("room", "requests_each"), [(NUM_SHARDS, 1), (2, None)])
+def test_processes_share_one_cache(served, tmp_path, room, requests_each):
+    _, url, requests = served
+    index = ShardIndex.open(url, cache_dir=tmp_path / "cache")
+    fork = multiprocessing.get_context("fork")
+    answers = fork.Queue()
+    rows = [*range(index.num_samples), *range(0, index.num_samples, 5)]
+    reader = Reader(index, tmp_path / "cache", room * index.shards[0].size)
+    children = [fork.Process(target=read_rows, args=(reader, rows, answers)) for _ in range(3)]
+    for child in children:
+        child.start()
+    for _ in children:
+        assert answers.get(timeout=30) == [jpeg(row) for row in rows]
+    for child in children:
+        child.join()
+    if requests_each:
+        assert [requests[f"/s-0{n}.tar"] for n in range(NUM_SHARDS)] == [requests_each] * NUM_SHARDS
+    assert cached_bytes(tmp_path / "cache") <= room * index.shards[0].size
+
+
+def test_a_second_run_finds_everything_in_the_cache(served, tmp_path):
+    _, url, requests = served
+    for _ in range(2):
+        reader = Reader(ShardIndex.open(url, cache_dir=tmp_path / "cache"), tmp_path / "cache")
+        assert reader.read(9).image == jpeg(9)
+    assert requests["/s-02.tar"] == requests["/index.npy"] == 1
+
+
+def test_a_rewritten_set_is_fetched_anew(served, tmp_path):
+    folder, url, _ = served
+    assert Reader(ShardIndex.open(url, cache_dir=tmp_path / "cache"), tmp_path / "cache").read(0).image == jpeg(0)
+    write_set(folder, [PER_SHARD] * NUM_SHARDS, lambda n: {"__key__": f"{n:06d}", "jpg": jpeg(n + 100), "cls": b"1"})
+    write_index(folder)
+    assert Reader(ShardIndex.open(url, cache_dir=tmp_path / "cache"), tmp_path / "cache").read(0).image == jpeg(100)
+
+
+def test_what_a_killed_download_left_is_cleared_away(served, tmp_path):
+    _, url, _ = served
+    index, cache = ShardIndex.open(url, cache_dir=tmp_path / "cache"), tmp_path / "cache"
+    size = index.shards[0].size
+    (cache / f"{'0' * 24}-{size}.part").write_bytes(bytes(size))
+    reader = Reader(index, cache, 2 * size)
+    assert [reader.read(row).image for row in (0, 4, 8)] == [jpeg(row) for row in (0, 4, 8)]
+    assert not [name for name in cached_files(cache) if name.endswith(".part")]
+
+
+def test_an_evicted_copy_does_not_stay_open(served, tmp_path):
+    _, url, _ = served
+    index = ShardIndex.open(url, cache_dir=tmp_path / "cache")
+    reader = Reader(index, tmp_path / "cache", index.shards[0].size)
+    for row in range(index.num_samples):
+        reader.read(row)
+    assert len(reader._descriptors) <= 2
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_of_a_remote_set_are_those_of_the_local_one(served, tmp_path, workers):
+    folder, url, _ = served
+    local, index = ShardIndex.open(folder), ShardIndex.open(url, cache_dir=tmp_path / "cache")
+    plan, policy = Plan(index.counts, batch=8, seed=0, slots=4), build_policy("digits", 8)
+    room = sum(index.shards[shard].size for shard in plan.shards_in_use(0, 0))
+    remote = PretrainLoader(index, policy, plan, workers=workers, cache_dir=tmp_path / "cache", cache_bytes=room)
+    pairs = zip(remote.batches(Position(), 2), PretrainLoader(local, policy, plan).batches(Position(), 2), strict=True)
+    for (_, theirs), (_, ours) in pairs:
+        assert theirs.rows.equal(ours.rows) and theirs.views["global_1"].equal(ours.views["global_1"])
+
+
+def test_a_cache_below_the_shards_in_use_warns(served, tmp_path):
+    _, url, _ = served
+    index = ShardIndex.open(url, cache_dir=tmp_path / "cache")
+    plan, policy = Plan(index.counts, batch=8, seed=0, slots=4), build_policy("digits", 8)
+    with pytest.warns(UserWarning, match="shards will be fetched again and again"):
+        PretrainLoader(index, policy, plan, cache_dir=tmp_path / "cache", cache_bytes=index.shards[0].size)
+
+
+def test_a_shard_that_cannot_be_fetched_is_named(served, tmp_path):
+    folder, url, _ = served
+    index = ShardIndex.open(url, cache_dir=tmp_path / "cache")
+    (folder / "s-01.tar").unlink()
+    with pytest.raises(ShardError, match=rf"cannot fetch {url}/s-01.tar: the fetching command ended with 22"):
+        Reader(index, tmp_path / "cache").read(PER_SHARD)
+    assert not cached_files(tmp_path / "cache")
+
+
+@pytest.mark.parametrize("change", [-512, 512])
+def test_a_remote_shard_of_another_size_than_the_index_says_is_an_error(served, tmp_path, change):
+    folder, url, _ = served
+    index = ShardIndex.open(url, cache_dir=tmp_path / "cache")
+    os.truncate(folder / "s-01.tar", index.shards[1].size + change)
+    with pytest.raises(ShardError, match=rf"{url}/s-01.tar has .* bytes, the index says {index.shards[1].size}; rebuild the index"):
+        Reader(index, tmp_path / "cache").read(PER_SHARD)
+    assert not cached_files(tmp_path / "cache")
+
+
+def test_a_remote_table_that_does_not_fit_its_index_is_an_error(served, tmp_path):
+    folder, url, _ = served
+    data = bytearray((folder / "index.npy").read_bytes())
+    data[-1] ^= 1
+    (folder / "index.npy").write_bytes(data)
+    with pytest.raises(ShardError, match=r"index\.npy is not the one that index\.json was written with; rebuild the index"):
+        ShardIndex.open(url, cache_dir=tmp_path / "cache")
+    assert not list((tmp_path / "cache" / "tables").iterdir())
+
+
+def test_a_url_without_an_index_is_an_error(served, tmp_path):
+    _, url, _ = served
+    with pytest.raises(ShardError, match=rf"cannot fetch {url}/none/index\.json"):
+        ShardIndex.open(f"{url}/none", cache_dir=tmp_path / "cache")
+
+
+def test_a_cache_that_cannot_hold_one_shard_is_refused(served, tmp_path):
+    _, url, _ = served
+    index = ShardIndex.open(url, cache_dir=tmp_path / "cache")
+    with pytest.raises(ShardError, match=r"a cache of 1000 bytes cannot hold shard 's-0\d.tar' of \d+ bytes; allow more"):
+        Reader(index, tmp_path / "cache", cache_bytes=1000)
