@@ -28,10 +28,11 @@ class Expander(nn.Sequential):
         if not widths or min(num_features, *widths) < 1:
             raise ValueError(f"expander from {num_features} features with widths {tuple(widths)}; expected at least one, all positive")
         layers: list[nn.Module] = []
-        for fan_in, width in pairwise((num_features, *widths)):
-            layers += [nn.Linear(fan_in, width), NORMS[norm](width), nn.ReLU(inplace=True)]
-        if final == "linear":
-            layers[-3:] = [nn.Linear(layers[-3].in_features, widths[-1], bias=False)]
+        for k, (fan_in, width) in enumerate(pairwise((num_features, *widths)), start=1):
+            if k == len(widths) and final == "linear":
+                layers.append(nn.Linear(fan_in, width, bias=False))
+            else:
+                layers += [nn.Linear(fan_in, width), NORMS[norm](width), nn.ReLU(inplace=True)]
         super().__init__(*layers)
         self.num_features = num_features
         self.embedding_dim = widths[-1]

@@ -74,14 +74,19 @@ class RecomputedBlocks(nn.Sequential):
 
 @contextmanager
 def _frozen_statistics(block: nn.Module) -> Iterator[None]:
-    layers = [module for module in block.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+    """BatchNorm's running averages take no part of what comes now, and a stand-in counts it.
+
+    (With `track_running_stats` off, BatchNorm would save fewer tensors than in the first pass, which checkpointing refuses.)
+    """
+    layers = [module for module in block.modules() if isinstance(module, _BatchNorm) and module.num_batches_tracked is not None]
+    kept = [(layer.momentum, layer.num_batches_tracked) for layer in layers]
     for layer in layers:
-        layer.track_running_stats = False
+        layer.momentum, layer.num_batches_tracked = 0.0, layer.num_batches_tracked.clone()
     try:
         yield
     finally:
-        for layer in layers:
-            layer.track_running_stats = True
+        for layer, (momentum, count) in zip(layers, kept, strict=True):
+            layer.momentum, layer.num_batches_tracked = momentum, count
 
 
 def build_vision(

@@ -1,0 +1,86 @@
+"""Images a second of decode + two official 224-pixel views, as a multiple of lightly's VICReg transform, one thread each.
+
+    python tests/benchmarks/views.py [FOLDER OF JPEGS]
+
+Without a folder: crops of scikit-learn's two photos, encoded anew. The two sides take turns, round by round, on the same images,
+so that whatever else the machine does hits both. Needs lightly (`pip install -e '.[benchmark]'`).
+"""
+
+import argparse
+import io
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import torch
+from PIL import Image
+from sklearn.datasets import load_sample_image
+
+from vicreg_mm.input.views import ViewPolicy, ViewSpec, build_policy, decode
+
+
+def photos(folder: Path | None, limit: int) -> list[bytes]:
+    if folder is not None:
+        files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
+        if not files:
+            raise SystemExit(f"no .jpg or .jpeg in {folder}")
+        return [path.read_bytes() for path in files[:limit]]
+    encoded = []
+    for name in ("china.jpg", "flower.jpg"):
+        photo = load_sample_image(name)  # [427, 640, 3]
+        for k in range(min(limit, 20) // 2):
+            out = io.BytesIO()
+            Image.fromarray(photo[k : k + 375, 5 * k : 5 * k + 500]).save(out, "JPEG", quality=90)
+            encoded.append(out.getvalue())
+    return encoded
+
+
+def seconds_per_image(work: Callable[[bytes, int], object], images: list[bytes], epoch: int) -> float:
+    start = time.perf_counter()
+    for row, data in enumerate(images):
+        work(data, epoch * len(images) + row)
+    return (time.perf_counter() - start) / len(images)
+
+
+def ours(policy: ViewPolicy) -> Callable[[bytes, int], object]:
+    return lambda data, row: policy(decode(data), (0, 0, 0, row))
+
+
+def theirs(transform: Callable) -> Callable[[bytes, int], object]:
+    return lambda data, row: transform(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+def multicrop() -> ViewPolicy:
+    colour = {"jitter": 0.8, "brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1, "gray": 0.2, "flip": 0.5}
+    local = [ViewSpec(f"local_{k}", 96, scale=(0.05, 0.4), blur=0.5, **colour) for k in range(8)]
+    return ViewPolicy((*build_policy("dino", 224).views, *local))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", nargs="?", type=Path)
+    parser.add_argument("--limit", type=int, default=200, help="images at most")
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    from lightly.transforms import DINOTransform, VICRegTransform
+
+    torch.set_num_threads(1)
+    cv2.setNumThreads(0)
+    images = photos(args.folder, args.limit)
+    pairs = {
+        "decode + 2 x 224, official / lightly VICReg": (ours(build_policy("official", 224)), theirs(VICRegTransform(input_size=224))),
+        "decode + 2 x 224 + 8 x 96, dino / lightly DINO": (ours(multicrop()), theirs(DINOTransform(n_local_views=8))),
+    }
+    print(f"{len(images)} images, {args.rounds} rounds, milliseconds an image (median of the rounds)")
+    decoding = statistics.median(seconds_per_image(lambda data, row: decode(data), images, r) for r in range(args.rounds))
+    print(f"decode alone {1e3 * decoding:.2f}")
+    for name, sides in pairs.items():
+        times = [[seconds_per_image(side, images, r) for side in sides] for r in range(args.rounds)]
+        mine, other = (statistics.median(side) for side in zip(*times, strict=True))
+        print(f"{name}: {1e3 * mine:.2f} against {1e3 * other:.2f}: {other / mine:.2f}x the images/s")
+
+
+if __name__ == "__main__":
+    main()
