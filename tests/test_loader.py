@@ -1,0 +1,308 @@
+"""Batches: `vicreg_mm.input.loader`, and resampled ones: `vicreg_mm.input.streaming`."""
+
+import shutil
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+
+from tests.shard_makers import jpeg, sample, write_set
+from vicreg_mm.input.loader import Batch, LabelledLoader, PretrainLoader
+from vicreg_mm.input.plan import Plan, Position
+from vicreg_mm.input.shards import ShardError, ShardIndex, write_index
+from vicreg_mm.input.streaming import ResampledLoader
+from vicreg_mm.input.views import EvalTransform, decode
+
+COUNTS = [9, 2, 14, 7, 11]  # 43 samples: 5 batches of 8 and 3 left out
+BAD = {20: {"jpg": b"no image"}, 21: {"jpg": None}, 30: {"cls": b"cat"}}
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A policy whose views tell image and key: global_0 is a corner of the image, local_0 noise from the key."""
+
+    view_names = ("global_0", "local_0")
+    view_sizes = {"global_0": 6, "local_0": 4}  # noqa: RUF012 (the contract's own form)
+
+    def __call__(self, image, key):
+        return {
+            "global_0": np.ascontiguousarray(image[:6, :6].transpose(2, 0, 1)),
+            "local_0": np.random.default_rng(key).integers(0, 256, (3, 4, 4), dtype=np.uint8),
+        }
+
+
+class Broken(Probe):
+    def __call__(self, image, key):
+        raise RuntimeError("our own mistake")
+
+
+def spoiled(number):
+    made = {**sample(number), **BAD.get(number, {})}
+    return {field: content for field, content in made.items() if content is not None}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = write_set(tmp_path_factory.mktemp("set") / "good", COUNTS)
+    write_index(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def spoiled_folder(tmp_path_factory):
+    folder = write_set(tmp_path_factory.mktemp("set") / "spoiled", COUNTS, spoiled)
+    write_index(folder)
+    return folder
+
+
+def loader(folder, rank=0, world_size=1, workers=0, policy=None, batch=8):
+    index = ShardIndex.open(folder)
+    plan = Plan(index.counts, batch=batch, seed=5, slots=4, block=6)
+    return PretrainLoader(index, policy or Probe(), plan, rank=rank, world_size=world_size, workers=workers)
+
+
+def same(a: Batch, b: Batch) -> bool:
+    return a.rows.equal(b.rows) and a.labels.equal(b.labels) and all(a.views[name].equal(b.views[name]) for name in b.views)
+
+
+def join(batches: list[Batch]) -> Batch:
+    return Batch(
+        views={name: torch.cat([batch.views[name] for batch in batches]) for name in batches[0].views},
+        rows=torch.cat([batch.rows for batch in batches]),
+        labels=torch.cat([batch.labels for batch in batches]),
+        attempted=sum(batch.attempted for batch in batches),
+        bad=tuple(message for batch in batches for message in batch.bad),
+    )
+
+
+@pytest.fixture(scope="module")
+def reference(folder):
+    """Two epochs on one rank, without workers."""
+    return list(loader(folder).batches(Position(), 2))
+
+
+# Pretraining
+
+
+def test_a_batch_holds_the_planned_samples_with_their_own_views(folder, reference):
+    index, plan = ShardIndex.open(folder), loader(folder).plan
+    assert [position for position, _ in reference] == list(plan.positions(Position(), 2)) and len(reference) == 10
+    for position, batch in reference:
+        assert batch.rows.tolist() == plan.rows(position.epoch, position.step).tolist()
+        assert batch.num_samples == batch.attempted == 8 and not batch.bad
+        for place, row in enumerate(batch.rows.tolist()):
+            expected = Probe()(decode(jpeg(row)), (5, position.epoch, *index.locate(row)))
+            assert all(np.array_equal(batch.views[name][place], view) for name, view in expected.items())
+            assert batch.labels[place] == row % 10
+
+
+@pytest.mark.parametrize(("world_size", "workers"), [(1, 2), (2, 0), (2, 2), (4, 0)])
+def test_the_global_batches_are_the_same_on_any_ranks_and_workers(folder, reference, world_size, workers):
+    ranks = [loader(folder, rank, world_size, workers).batches(Position(), 2) for rank in range(world_size)]
+    for (position, expected), parts in zip(reference, zip(*ranks, strict=True), strict=True):
+        assert {place for place, _ in parts} == {position}
+        assert all(part.num_samples == 8 // world_size for _, part in parts)
+        assert same(join([part for _, part in parts]), expected)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_resumed_anywhere_goes_on_with_the_very_same_batches(folder, reference, workers):
+    for begin in range(len(reference)) if workers == 0 else (3, 5):
+        resumed = list(loader(folder, workers=workers).batches(reference[begin][0], 2))
+        assert len(resumed) == len(reference) - begin
+        for (position, batch), (expected_position, expected) in zip(resumed, reference[begin:], strict=True):
+            assert position == expected_position and same(batch, expected)
+
+
+def test_a_sample_gets_other_views_in_another_epoch(reference):
+    views = [{row: view for _, batch in part for row, view in zip(batch.rows.tolist(), batch.views["local_0"], strict=True)}
+             for part in (reference[:5], reference[5:])]  # fmt: skip
+    both = views[0].keys() & views[1].keys()
+    assert len(both) > 30 and not any(views[0][row].equal(views[1][row]) for row in both)
+
+
+def test_a_bad_record_makes_only_that_ranks_batch_smaller(folder, spoiled_folder):
+    found = {}
+    for rank in (0, 1):
+        pairs = zip(loader(folder, rank, 2).batches(Position(), 1), loader(spoiled_folder, rank, 2).batches(Position(), 1), strict=True)
+        for (_, good), (_, batch) in pairs:
+            kept = ~torch.isin(good.rows, torch.tensor(list(BAD)))
+            assert batch.attempted == 4 and batch.num_samples == kept.sum() == 4 - len(batch.bad)
+            expected = Batch({name: view[kept] for name, view in good.views.items()}, good.rows[kept], good.labels[kept], 4)
+            assert same(batch, expected)
+            found.update({row: message for row, message in zip(good.rows[~kept].tolist(), batch.bad, strict=True)})
+    assert len(found) >= 2
+    for row, message in found.items():
+        what = {20: "bad image", 21: "missing image", 30: "bad cls"}[row]
+        shard, row_in_shard = ShardIndex.open(spoiled_folder).locate(row)
+        assert message.startswith(f"shard 's-0{shard}.tar' row {row_in_shard}: {what}")
+
+
+def test_a_batch_without_a_good_record_is_empty_but_whole(tmp_path):
+    write_index(write_set(tmp_path, [8], lambda number: {"__key__": str(number), "jpg": b"no image", "cls": b"1"}))
+    (_, batch), *_ = loader(tmp_path).batches(Position(), 1)
+    assert batch.num_samples == 0 and batch.attempted == len(batch.bad) == 8
+    assert batch.views["global_0"].shape == (0, 3, 6, 6) and batch.views["local_0"].shape == (0, 3, 4, 4)
+    assert batch.rows.shape == batch.labels.shape == (0,) and batch.rows.dtype == torch.int64
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_any_other_exception_comes_through(folder, workers):
+    with pytest.raises(RuntimeError, match="our own mistake"):
+        next(loader(folder, workers=workers, policy=Broken()).batches(Position(), 1))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_vanished_shard_is_one_line_from_a_worker_too(folder, tmp_path, workers):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    batches = loader(copy, workers=workers)
+    (copy / "s-02.tar").unlink()
+    with pytest.raises(ShardError, match=r"shard 's-02\.tar' is missing") as caught:
+        list(batches.batches(Position(), 1))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_loader_leaves_the_global_random_state_alone(folder, workers):
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    list(loader(folder, workers=workers).batches(Position(), 1))
+    assert torch.get_rng_state().equal(before)
+
+
+def test_a_run_may_be_endless_and_left_at_any_time(folder):
+    batches = loader(folder, workers=2).batches(Position(), 10**9)
+    assert [next(batches)[0] for _ in range(7)][-1] == Position(1, 1)
+    batches.close()
+
+
+def test_a_set_without_labels_gives_none_and_a_record_without_one_minus_1(tmp_path):
+    write_index(write_set(tmp_path / "none", [8], lambda number: {"__key__": str(number), "jpg": jpeg(number)}))
+    write_index(write_set(tmp_path / "some", [8], lambda n: {"__key__": str(n), "jpg": jpeg(n), **({"cls": b"3"} if n % 2 else {})}))
+    (_, batch), *_ = loader(tmp_path / "none").batches(Position(), 1)
+    assert batch.labels is None and batch.to("cpu").labels is None
+    (_, batch), *_ = loader(tmp_path / "some").batches(Position(), 1)
+    assert batch.labels.tolist() == [3 if row % 2 else -1 for row in batch.rows.tolist()]
+
+
+def test_a_layout_that_cannot_be_is_refused(folder, tmp_path):
+    with pytest.raises(ValueError, match="batch 8 does not divide over 3 ranks; choose a multiple of 3"):
+        loader(folder, 0, 3)
+    with pytest.raises(ValueError, match="batch 64 is larger than the data set of 43 samples"):
+        loader(folder, batch=64)
+    index = ShardIndex.open(folder)
+    with pytest.raises(ValueError, match="the plan is of 44 samples in 1 shards, not of ShardIndex"):
+        PretrainLoader(index, Probe(), Plan((44,), 4, 0, 4))
+    write_index(write_set(tmp_path, [4], lambda number: {"__key__": str(number), "txt": b"words"}))
+    with pytest.raises(ValueError, match="has no images: its fields are txt"):
+        LabelledLoader(ShardIndex.open(tmp_path), EvalTransform(8), 4)
+
+
+def test_a_batch_moves_as_a_whole(reference):
+    batch = reference[0][1]
+    moved = batch.to("meta")
+    assert all(tensor.device.type == "meta" for tensor in (*moved.views.values(), moved.rows, moved.labels))
+    assert (moved.attempted, moved.num_samples) == (8, 8) and batch.rows.device.type == "cpu"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_batches_arrive_in_pinned_memory_where_there_is_a_gpu(folder):
+    (_, batch), *_ = loader(folder, workers=1).batches(Position(), 1)
+    assert batch.rows.is_pinned() and all(view.is_pinned() for view in batch.views.values())
+    assert same(batch.to("cuda", non_blocking=True).to("cpu"), batch)
+
+
+# Evaluation
+
+
+@pytest.mark.parametrize(
+    ("batch", "world_size", "workers"), [(8, 1, 0), (10, 2, 2), (7, 3, 0), (43, 4, 0), (1, 4, 0), (7, 6, 0), (2, 50, 0)]
+)
+def test_every_sample_is_evaluated_exactly_once_on_any_ranks(folder, batch, world_size, workers):
+    loaders = [LabelledLoader(ShardIndex.open(folder), EvalTransform(16), batch, rank=r, world_size=world_size, workers=workers)
+               for r in range(world_size)]  # fmt: skip
+    ranks = [list(each) for each in loaders]
+    assert {len(batches) for batches in ranks} == {len(loaders[0])}
+    assert all(part.num_samples <= batch for batches in ranks for part in batches)
+    joined = join([part for batches in ranks for part in batches])
+    assert joined.rows.tolist() == list(range(43)) and joined.attempted == 43
+    assert joined.labels.tolist() == [row % 10 for row in range(43)]
+    assert np.array_equal(joined.views["image"][30], decode(jpeg(30)).transpose(2, 0, 1))
+
+
+def test_a_bad_record_is_left_out_of_an_evaluation_and_reported(spoiled_folder):
+    joined = join(list(LabelledLoader(ShardIndex.open(spoiled_folder), EvalTransform(16), 8)))
+    assert joined.rows.tolist() == [row for row in range(43) if row not in BAD]
+    assert joined.attempted == 43 and len(joined.bad) == 3
+
+
+def test_a_record_without_a_label_is_left_out_where_others_have_one(tmp_path):
+    write_index(write_set(tmp_path, [3], lambda n: {"__key__": str(n), "jpg": jpeg(n), **({"cls": b"3"} if n != 1 else {})}))
+    (batch,) = LabelledLoader(ShardIndex.open(tmp_path), EvalTransform(16), 8)
+    assert batch.rows.tolist() == [0, 2] and batch.bad == ("shard 's-00.tar' row 1: no label",)
+
+
+def test_a_limit_takes_evenly_spaced_samples(folder):
+    loaders = [LabelledLoader(ShardIndex.open(folder), EvalTransform(16), 4, rank=rank, world_size=2, limit=10) for rank in range(2)]
+    joined = join([batch for each in loaders for batch in each])
+    assert joined.rows.tolist() == [n * 43 // 10 for n in range(10)]
+    assert LabelledLoader(ShardIndex.open(folder), EvalTransform(16), 4, limit=1000).num_samples == 43
+
+
+# Resampled
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resampled_batches_come_in_the_number_asked_for(folder, workers):
+    batches = list(ResampledLoader(folder, Probe(), 8, 5, world_size=2, workers=workers).batches(Position(0, 3), 3))
+    assert [position for position, _ in batches] == [Position(*divmod(3 + n, 5)) for n in range(12)]
+    assert all(batch.num_samples == batch.attempted == 4 and (batch.rows == -1).all() for _, batch in batches)
+    assert len({tuple(batch.views["global_0"][0].flatten().tolist()) for _, batch in batches}) > 5
+
+
+def test_resampled_ranks_see_other_samples_and_a_rank_the_same_again(folder):
+    def run(rank):
+        return join([batch for _, batch in ResampledLoader(folder, Probe(), 8, 5, rank=rank, world_size=2).batches(Position(), 2)])
+
+    assert same(run(0), run(0)) and not same(run(0), run(1))
+
+
+def test_a_resampled_image_is_one_of_the_set_with_its_label(folder):
+    known = {decode(jpeg(row))[:6, :6].transpose(2, 0, 1).tobytes(): row % 10 for row in range(43)}
+    for _, batch in ResampledLoader(folder, Probe(), 8, 5, buffer=20).batches(Position(), 1):
+        assert [known[view.numpy().tobytes()] for view in batch.views["global_0"]] == batch.labels.tolist()
+
+
+def test_resampled_shards_and_records_that_are_bad_are_counted(spoiled_folder, tmp_path):
+    copy = shutil.copytree(spoiled_folder, tmp_path / "copy")
+    (copy / "s-04.tar").write_bytes(b"junk" * 1000)
+    batches = [batch for _, batch in ResampledLoader(copy, Probe(), 8, 40).batches(Position(), 1)]
+    messages = "\n".join(message for batch in batches for message in batch.bad)
+    for what in ("bad image", "missing image", "bad cls", "ReadError"):
+        assert what in messages
+    assert all(batch.num_samples == batch.attempted - len(batch.bad) for batch in batches) and len(batches) == 40
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_set_from_which_nothing_comes_ends_instead_of_hanging(tmp_path, workers):
+    (tmp_path / "a.tar").write_bytes(b"junk" * 1000)
+    with pytest.raises(ShardError, match=r"no sample from 12 shards in a row; the last fault: ReadError.*a\.tar") as caught:
+        list(ResampledLoader(tmp_path, Probe(), 8, 5, workers=workers).batches(Position(), 1))
+    assert "\n" not in str(caught.value)
+
+
+def test_resampled_sources_that_cannot_be_are_refused(folder, tmp_path):
+    assert len(ResampledLoader(str(folder / "s-{00..04}.tar"), Probe(), 8, 5).urls) == 5
+    for source in ("pipe:cat a.tar", f"{folder}/s-00.tar::pipe:cat a.tar", ["pipe:cat a.tar"]):
+        with pytest.raises(ShardError, match="runs a shell command"):
+            ResampledLoader(source, Probe(), 8, 5)
+    with pytest.raises(ShardError, match=r"shard '.*s-05\.tar' is missing"):
+        ResampledLoader(str(folder / "s-{00..05}.tar"), Probe(), 8, 5)
+    with pytest.raises(ShardError, match="holds no shards"):
+        ResampledLoader(tmp_path, Probe(), 8, 5)
+    with pytest.raises(ValueError, match="steps_per_epoch 0: resampled shards have no end"):
+        ResampledLoader(folder, Probe(), 8, 0)
+    with pytest.raises(ValueError, match="batch 8 does not divide over 3 ranks"):
+        ResampledLoader(folder, Probe(), 8, 5, world_size=3)
