@@ -56,7 +56,7 @@ class _Normalise(torch.autograd.Function):
         grad = grad_y.to(u.dtype)
         dims = [d for d in range(x.ndim) if d != 1]
         own = torch.stack([grad.sum(dims), (grad * u).sum(dims)])
-        mean_grad, mean_grad_u = distributed.sum_over_ranks(own.double()).div_(count).to(u.dtype)
+        mean_grad, mean_grad_u = distributed.sum_over_ranks(own.to(torch.float64, copy=True)).div_(count).to(u.dtype)
         gain = inverse if weight is None else inverse * weight.to(u.dtype)
         grad_x = (grad - _along_channels(mean_grad, x) - u * _along_channels(mean_grad_u, x)) * _along_channels(gain, x)
         grad_weight = None if weight is None else own[1].to(weight.dtype)

@@ -3,7 +3,7 @@
     results = run_ranks(function, 4, argument)      # function(argument) on each rank; results in rank order
 
 The function must be one that another process can import (module level); arguments and results must pickle. The ranks are forked
-from a server process that has imported torch once, so that a group starts in a fraction of a second.
+from a server process that has imported torch and timm once, so that a group starts in a fraction of a second.
 """
 
 import multiprocessing
@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed", "vicreg_mm.distributed"])
+_context.set_forkserver_preload(["torch", "torch.distributed", "timm", "vicreg_mm.distributed"])
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout_seconds: float = 120.0) -> list[Any]:

@@ -1,0 +1,123 @@
+"""BatchNorm on several ranks is BatchNorm of the joined batch in one process, whatever the layout."""
+
+import pytest
+import torch
+from torch import nn
+
+from tests import oracle
+from vicreg_mm import distributed, objectives
+from vicreg_mm.batchnorm import convert_sync_batchnorm, update_statistics_once
+
+from .ranks import run_ranks
+
+LAYOUTS = {
+    "2 ranks": (6, 6),
+    "2 ranks, unequal": (9, 3),
+    "4 ranks, one without rows": (4, 0, 7, 1),
+}
+
+
+def network(momentum=0.1):
+    """Two-dimensional and one-dimensional BatchNorm, timm's with an activation, and no affine parameters once."""
+    from timm.layers import BatchNormAct2d
+
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(2, 4, 3), BatchNormAct2d(4, momentum=momentum), nn.Conv2d(4, 3, 2), nn.BatchNorm2d(3, affine=False), nn.Flatten()]
+    layers += [nn.Linear(12, 20), nn.BatchNorm1d(20, momentum=momentum), nn.ReLU(), nn.Linear(20, 16)]
+    return nn.Sequential(*layers).double()
+
+
+def images(seed):
+    return torch.randn(12, 2, 5, 5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def own(rows, counts):
+    start = sum(counts[: distributed.rank()])
+    return rows[start : start + counts[distributed.rank()]]
+
+
+def train_step(counts, corrected=False, momentum=0.1):
+    """Loss, gradients averaged over ranks, and statistics after one forward and backward pass of two views."""
+    model = convert_sync_batchnorm(network(momentum), "cpu")
+    if corrected:
+        update_statistics_once(model)
+
+    def embed(x):
+        return torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False) if corrected else model(x)
+
+    loss = objectives.build("vicreg")({f"global_{i}": embed(own(images(i), counts)) for i in range(2)}).loss
+    loss.backward()
+    gradients = [distributed.sum_over_ranks(p.grad) / distributed.world_size() for p in model.parameters()]
+    return loss.detach(), gradients, model.state_dict()
+
+
+def half_precision(counts):
+    """bfloat16 in and out, statistics in float32: the running variance after one pass."""
+    norm = convert_sync_batchnorm(nn.BatchNorm2d(2), "cpu")
+    y = norm(own(images(0) + 30, counts).bfloat16())
+    return y.dtype, norm.running_mean, norm.running_var
+
+
+def nearly_equal(counts):
+    """Values of 100 that differ by 1e-3, in float32."""
+    norm = convert_sync_batchnorm(nn.BatchNorm1d(8, eps=1e-12), "cpu")
+    return norm(own(flat_rows(), counts)).detach()
+
+
+def flat_rows():
+    return (100 + 1e-3 * images(3).flatten(1)[:, :8]).float()
+
+
+def one_value_too_few():
+    norm = convert_sync_batchnorm(nn.BatchNorm1d(3), "cpu")
+    with pytest.raises(ValueError) as error:
+        norm(torch.zeros(1 if distributed.rank() == 0 else 0, 3))
+    return str(error.value)
+
+
+def everything(counts):
+    return {
+        "step": train_step(counts),
+        "cumulative": train_step(counts, momentum=None),
+        "checkpointed": train_step(counts, corrected=True),
+        "bfloat16": half_precision(counts),
+        "nearly equal": nearly_equal(counts),
+        "too few": one_value_too_few(),
+    }
+
+
+@pytest.fixture(scope="module", params=LAYOUTS.values(), ids=LAYOUTS)
+def on_ranks(request):
+    return run_ranks(everything, len(request.param), request.param)
+
+
+@pytest.mark.parametrize("what, momentum", [("step", 0.1), ("cumulative", None), ("checkpointed", 0.1)])
+def test_loss_gradients_and_statistics_equal_those_of_one_process(on_ranks, what, momentum):
+    loss, gradients, state = train_step((12,), momentum=momentum)
+    for rank in on_ranks:
+        rank_loss, rank_gradients, rank_state = rank[what]
+        assert oracle.relative_error(rank_loss, loss) <= 1e-12
+        joined = [torch.cat([g.flatten() for g in some]) for some in (rank_gradients, gradients)]
+        assert oracle.relative_error(*joined) <= 1e-10
+        assert rank_state.keys() == state.keys()
+        for name, value in state.items():
+            assert torch.allclose(rank_state[name], value, rtol=1e-12, atol=1e-14), name
+
+
+def test_bfloat16_values_are_normalised_by_float32_statistics(on_ranks):
+    x = (images(0) + 30).bfloat16().double()
+    for dtype, mean, variance in (rank["bfloat16"] for rank in on_ranks):
+        assert dtype is torch.bfloat16 and mean.dtype is torch.float32
+        assert torch.allclose(mean.double(), 0.1 * x.mean((0, 2, 3)), rtol=1e-6)
+        assert torch.allclose(variance.double(), 0.9 + 0.1 * x.transpose(0, 1).flatten(1).var(1), rtol=1e-6)
+
+
+def test_values_that_nearly_agree_are_normalised_without_loss_of_digits(on_ranks):
+    x = flat_rows().double()
+    expected = (x - x.mean(0)) / x.var(0, correction=0).add(1e-12).sqrt()
+    assert oracle.relative_error(torch.cat([rank["nearly equal"] for rank in on_ranks]), expected) <= 1e-6
+
+
+def test_one_value_per_channel_over_all_ranks_is_an_error_on_every_rank(on_ranks):
+    said = {rank["too few"] for rank in on_ranks}
+    assert said == {"BatchNorm in training has 1 value(s) per channel over all ranks; it needs at least 2"}

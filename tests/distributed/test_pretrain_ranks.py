@@ -1,0 +1,102 @@
+"""The whole program on real ranks: the same loss and the same step whatever the layout, and a resumed run that is the uninterrupted one."""
+
+import dataclasses
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.tiny import metrics, tiny_config
+
+from .ranks import run_ranks
+
+SGD = {"optim__name": "sgd", "optim__momentum": 0.0, "optim__weight_decay": 0.0, "optim__lr": 1.0}
+
+
+def train_all(configs):
+    """On each rank: run every configuration one after another; the losses of each."""
+    from vicreg_mm import distributed
+    from vicreg_mm.pretrain import pretrain
+
+    device = distributed.start()
+    return [metrics(run) if (run := pretrain(config, device)) and distributed.is_main() else None for config in configs]
+
+
+def final_model(config):
+    return load_file(f"{config.run}/checkpoints/step-{config.steps:08d}/model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def runs(digits, tmp_path_factory):
+    """name -> (configuration, loss by step), trained on 1 and on 2 ranks."""
+    folder = tmp_path_factory.mktemp("runs")
+
+    def config(name, **changes):
+        return tiny_config(digits["train"], folder / name, **changes)
+
+    alone = {"1": config("1"), "1 sgd": config("1sgd", steps=1, **SGD)}
+    pair = {"2": config("2")} | {
+        f"2 sgd, stage {stage}": config(f"2sgd{stage}", steps=1, engine__zero_stage=stage, **SGD) for stage in range(4)
+    }
+    results = {}
+    for world_size, group in ((1, alone), (2, pair)):
+        losses = run_ranks(train_all, world_size, list(group.values()))[0]
+        results |= {name: (config, loss) for (name, config), loss in zip(group.items(), losses, strict=True)}
+    return results
+
+
+def test_the_loss_on_two_ranks_is_the_loss_on_one(runs):
+    alone, pair = runs["1"][1], runs["2"][1]
+    assert list(alone) == [1, 2, 3]
+    assert pair == pytest.approx(alone, rel=1e-4)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_one_step_on_two_ranks_is_the_step_of_one_process(runs, stage):
+    """With plain SGD the step is the gradient: encoder, expander and BatchNorm after DeepSpeed's averaging, at every ZeRO stage."""
+    alone, pair = runs["1 sgd"][0], runs[f"2 sgd, stage {stage}"][0]
+    torch.manual_seed(alone.seed)
+    from vicreg_mm.pretrain import build_model
+
+    start = dict(build_model(alone).named_parameters())
+    expected, found = final_model(alone), final_model(pair)
+    step = torch.cat([(expected[name] - start[name].detach()).flatten() for name in start])
+    error = torch.cat([(found[name] - expected[name]).flatten() for name in start])
+    assert step.norm() > 0.1
+    assert error.norm() <= 1e-5 * step.norm()
+    for name in expected.keys() - start.keys():  # running statistics
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-6)
+
+
+def resume(config):
+    return dataclasses.replace(config, resume=True)
+
+
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(digits, tmp_path):
+    def config(name, **changes):
+        return tiny_config(digits["train"], tmp_path / name, steps=6, checkpoint__every_steps=3, checkpoint__keep=9, engine__zero_stage=2, **changes)
+
+    whole, again = config("whole"), config("again")
+    run_ranks(train_all, 2, [whole])
+    shutil.copytree(whole.run, again.run)
+    shutil.rmtree(f"{again.run}/checkpoints/step-00000006")  # as if killed before it
+    run_ranks(train_all, 2, [resume(again)])
+    expected, found = final_model(whole), final_model(again)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert metrics(again.run) == metrics(whole.run)
+
+
+def test_a_run_goes_on_with_another_number_of_ranks_and_another_zero_stage(digits, tmp_path):
+    def config(name, **changes):
+        return tiny_config(digits["train"], tmp_path / name, steps=4, checkpoint__every_steps=2, checkpoint__keep=9, **changes)
+
+    whole = config("whole", engine__zero_stage=3)
+    run_ranks(train_all, 2, [whole])
+    for name, stage in (("alone", 0), ("first", 1)):
+        shutil.copytree(whole.run, tmp_path / name)
+        shutil.rmtree(tmp_path / name / "checkpoints" / "step-00000004")
+        run_ranks(train_all, 1, [resume(config(name, engine__zero_stage=stage))])
+        assert metrics(tmp_path / name) == pytest.approx(metrics(whole.run), rel=1e-4)
+
