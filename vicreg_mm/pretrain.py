@@ -177,7 +177,7 @@ def evaluate(config: RunConfig, run: Path, device: torch.device) -> None:
                        workers=min(config.input.workers, 4), limit=limit)
         for name, limit in ((config.evaluation.train, config.evaluation.limit), (config.evaluation.test, 0))
     )  # fmt: skip
-    encoders = {name: frozen(e, e.mean, e.std) for name, e in (("random encoder", random), ("pretrained encoder", trained))}
+    encoders = {name: frozen(e) for name, e in (("random encoder", random), ("pretrained encoder", trained))}
     rows = compare_encoders(encoders, train, test, device)
     if distributed.is_main():
         (run / RESULTS).write_text(json.dumps(rows, indent=2) + "\n")
