@@ -32,8 +32,8 @@ class RunLog:
 
         self.path = run / "metrics.jsonl"
         if self.path.exists():
-            lines = [line for line in self.path.read_text().splitlines() if json.loads(line)["step"] <= start_step]
-            self.path.write_text("".join(line + "\n" for line in lines))
+            whole = [line for line in self.path.read_text().splitlines(keepends=True) if line.endswith("}\n")]  # a kill may cut the last one
+            self.path.write_text("".join(line for line in whole if json.loads(line)["step"] <= start_step))
         self._file = self.path.open("a", buffering=1)
         self._events = SummaryWriter(str(run), purge_step=start_step + 1 if start_step else None)
 

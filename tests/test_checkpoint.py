@@ -1,0 +1,177 @@
+"""Run directories, whole-or-nothing checkpoints, strict loading, and the encoder taken out."""
+
+import dataclasses
+import errno
+import json
+from unittest import mock
+
+import pytest
+import timm
+import torch
+import torchvision
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from tests.tiny import tiny_config
+from vicreg_mm import checkpoint
+from vicreg_mm import config as configs
+from vicreg_mm.checkpoint import CheckpointError, open_run
+from vicreg_mm.pretrain import build_model
+
+
+class WholeModule:
+    """What a DeepSpeed engine at stage 0 shows to the checkpoint."""
+
+    def __init__(self, module):
+        self.module = module
+        self.optimizer = torch.optim.AdamW(module.parameters())
+
+    def zero_optimization_stage(self):
+        return 0
+
+
+def stepped(seed=0):
+    torch.manual_seed(seed)
+    engine = WholeModule(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)))
+    engine.module(torch.randn(8, 3)).square().sum().backward()
+    engine.optimizer.step()
+    return engine
+
+
+def test_a_run_without_a_name_takes_the_next_free_number(tmp_path):
+    config = tiny_config("shards", "")
+    runs = [open_run(config, tmp_path)[0].name for _ in range(2)]
+    assert runs == ["tiny-001", "tiny-002"]
+    (tmp_path / "tiny-041").mkdir()
+    assert open_run(config, tmp_path)[0].name == "tiny-042"
+
+
+def test_a_named_directory_that_holds_a_run_is_refused_and_left_alone(tmp_path):
+    config = tiny_config("shards", tmp_path / "mine")
+    open_run(config)
+    before = (tmp_path / "mine" / "config.json").read_text()
+    with pytest.raises(CheckpointError, match="mine already holds another run; choose another name, or --resume"):
+        open_run(dataclasses.replace(config, batch=64))
+    assert (tmp_path / "mine" / "config.json").read_text() == before
+
+
+def test_resume_takes_the_newest_run_and_its_last_checkpoint(tmp_path):
+    config = tiny_config("shards", "")
+    run = [open_run(config, tmp_path)[0] for _ in range(2)][1]
+    engine = stepped()
+    for step in (9, 10):
+        checkpoint.save(checkpoint.folder_of(run, step), engine, {"step": step})
+    again = dataclasses.replace(config, resume=True)
+    assert open_run(again, tmp_path) == (run, checkpoint.folder_of(run, 10))
+
+
+def test_a_resume_that_disagrees_lists_the_differences(tmp_path):
+    config = tiny_config("shards", tmp_path / "mine")
+    open_run(config)
+    with pytest.raises(CheckpointError, match=r"another configuration: batch: 32 -> 64; optim.lr: 0.001 -> 0.1$"):
+        open_run(dataclasses.replace(config, resume=True, batch=64, optim=dataclasses.replace(config.optim, lr=0.1)))
+
+
+def test_nothing_to_resume_says_so(tmp_path):
+    with pytest.raises(CheckpointError, match="nothing to resume: no .*tiny-NNN"):
+        open_run(dataclasses.replace(tiny_config("shards", ""), resume=True), tmp_path)
+    with pytest.raises(CheckpointError, match="nothing to resume: .*absent holds no run"):
+        open_run(dataclasses.replace(tiny_config("shards", tmp_path / "absent"), resume=True))
+
+
+def test_a_checkpoint_is_plain_safetensors_and_json(tmp_path):
+    engine = stepped()
+    folder = checkpoint.save(tmp_path / "checkpoints" / "step-00000001", engine, {"step": 1})
+    assert {file.name for file in folder.iterdir()} == {"model.safetensors", "optimizer.safetensors", "state.json"}
+    assert load_file(folder / "model.safetensors").keys() == engine.module.state_dict().keys()
+    names = {name for name, _ in engine.module.named_parameters()}
+    assert set(load_file(folder / "optimizer.safetensors")) == {f"{name}/{key}" for name in names for key in ("exp_avg", "exp_avg_sq", "step")}
+
+
+def test_no_space_left_keeps_the_checkpoint_before(tmp_path):
+    run, engine = tmp_path, stepped()
+    first = checkpoint.save(checkpoint.folder_of(run, 1), engine, {"step": 1})
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with mock.patch.object(checkpoint, "save_file", side_effect=full), pytest.raises(CheckpointError, match="No space left on device.*untouched"):
+        checkpoint.save(checkpoint.folder_of(run, 2), engine, {"step": 2})
+    assert checkpoint.existing(run) == [first]
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000001"]
+
+
+def test_a_killed_save_is_not_taken_for_a_checkpoint(tmp_path):
+    first = checkpoint.save(checkpoint.folder_of(tmp_path, 1), stepped(), {"step": 1})
+    with mock.patch.object(checkpoint.json, "dumps", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        checkpoint.save(checkpoint.folder_of(tmp_path, 2), stepped(), {"step": 2})
+    assert checkpoint.existing(tmp_path) == [first]
+
+
+def test_the_last_few_and_the_milestones_are_kept(tmp_path):
+    for step in range(1, 7):
+        checkpoint.save(checkpoint.folder_of(tmp_path, step), stepped(), {"step": step, "milestone": step == 2})
+        checkpoint.prune(tmp_path, keep=2)
+    assert [int(folder.name[-2:]) for folder in checkpoint.existing(tmp_path)] == [2, 5, 6]
+
+
+def test_the_optimizer_is_restored_exactly(tmp_path):
+    engine, other = stepped(0), stepped(1)
+    folder = checkpoint.save(tmp_path / "checkpoints" / "step-00000001", engine, {"step": 1})
+    other.optimizer.state.clear()
+    checkpoint.restore_optimizer(other, folder / "optimizer.safetensors")
+    assert all(torch.equal(a, b) for a, b in zip(_states(engine), _states(other), strict=True))
+
+
+def _states(engine):
+    return [engine.optimizer.state[p][key] for p in engine.module.parameters() for key in ("step", "exp_avg", "exp_avg_sq")]
+
+
+def test_an_optimizer_of_another_model_is_refused(tmp_path):
+    folder = checkpoint.save(tmp_path / "checkpoints" / "step-00000001", stepped(), {"step": 1})
+    with pytest.raises(CheckpointError, match="not those of this model; differing: 1.bias, 1.weight"):
+        checkpoint.restore_optimizer(WholeModule(nn.Sequential(nn.Linear(3, 4))), folder / "optimizer.safetensors")
+
+
+def test_every_key_that_does_not_fit_is_listed_and_nothing_is_loaded():
+    module = nn.Linear(3, 2)
+    before = module.weight.clone()
+    with pytest.raises(CheckpointError, match=r"file does not fit this model \(3 keys\): missing bias; extra other; weight has shape \(2, 4\), expected \(2, 3\)"):
+        checkpoint.load_strictly(module, {"weight": torch.zeros(2, 4), "other": torch.zeros(1)}, "file")
+    assert torch.equal(module.weight, before)
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"no tensors here")
+    with pytest.raises(CheckpointError, match=r"cannot read .*model\.safetensors"):
+        checkpoint.read_tensors(tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="is no readable checkpoint"):
+        checkpoint.read_state(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["torchvision/resnet18", "timm/test_vit"])
+def test_the_exported_encoder_loads_in_the_plain_library_with_equal_features(tmp_path, name):
+    config = dataclasses.replace(tiny_config("shards", tmp_path), encoder=configs.EncoderConfig(name=name))
+    config = dataclasses.replace(config, input=dataclasses.replace(config.input, image_size=160))
+    torch.manual_seed(3)
+    model = build_model(config)
+    folder = tmp_path / "checkpoints" / "step-00000001"
+    folder.mkdir(parents=True)
+    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, folder / "model.safetensors")
+    configs.save(config, tmp_path / "config.json")
+    path = checkpoint.export_encoder(tmp_path, folder, config)
+    if name.startswith("torchvision/"):
+        plain = torchvision.models.resnet18(weights=None)
+        missing = plain.load_state_dict(load_file(path), strict=False)
+        assert set(missing.missing_keys) == {"fc.weight", "fc.bias"} and not missing.unexpected_keys
+        plain.fc = nn.Identity()
+    else:
+        plain = timm.create_model("test_vit", num_classes=0)
+        plain.load_state_dict(load_file(path))
+    image = torch.randn(2, 3, 160, 160)
+    loaded = checkpoint.load_encoder(tmp_path)
+    torch.testing.assert_close(loaded(image), plain.eval()(image), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(loaded(image), model.encoder.eval()(image), rtol=0, atol=0)
+
+
+def test_a_configuration_is_saved_with_the_run(tmp_path):
+    config = tiny_config("shards", tmp_path / "mine")
+    open_run(config)
+    assert json.loads((tmp_path / "mine" / "config.json").read_text())["encoder"]["name"] == "timm/test_resnet"

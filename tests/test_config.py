@@ -1,0 +1,105 @@
+"""The configuration: what the command line changes, what is refused, what a resumed run may change."""
+
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+
+from vicreg_mm import config as configs
+from vicreg_mm.config import ConfigError, RunConfig, parse
+
+RECIPE = RunConfig(name="some", input=configs.InputConfig(shards="somewhere"), objective=configs.ObjectiveConfig(options={"convention": "official"}))
+
+
+def test_the_command_line_overrides_the_recipe():
+    config = parse(RECIPE, ["--batch", "512", "--optim.lr", "0.1", "--expander.widths", "64", "32", "--input.image_size", "96", "--resume"])
+    assert (config.batch, config.optim.lr, config.expander.widths, config.input.image_size, config.resume) == (512, 0.1, (64, 32), 96, True)
+    assert config.encoder == RECIPE.encoder
+
+
+def test_options_of_the_objective_are_added_and_replaced():
+    config = parse(RECIPE, ["--objective.options.mu", "10", "--objective.options.convention=paper", "--objective.options.flag", "True"])
+    assert config.objective.options == {"convention": "paper", "mu": 10, "flag": True}
+
+
+def test_the_launchers_local_rank_is_dropped():
+    assert parse(RECIPE, ["--local_rank=3"]) == RECIPE
+    assert parse(RECIPE, ["--local_rank", "3"]) == RECIPE
+
+
+def test_an_unknown_option_names_the_closest():
+    with pytest.raises(ConfigError, match=r"^unknown option --encodr.name; closest: --encoder.name"):
+        parse(RECIPE, ["--encodr.name", "x"])
+
+
+def test_a_malformed_value_ends_the_program_with_its_name(capsys):
+    with pytest.raises(SystemExit):
+        parse(RECIPE, ["--batch", "many"])
+    assert "--batch" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["--batch", "1"], "batch is 1; the variance"),
+        (["--epochs", "0"], "epochs is 0; it must be positive"),
+        (["--optim.clip", "-1"], "optim.clip is -1"),
+        (["--optim.name", "lars", "--engine.zero_stage", "1"], "lars with engine.zero_stage 1: ZeRO flattens"),
+        (["--engine.precision", "fp16", "--engine.zero_stage", "2"], "fp16 with engine.zero_stage 2"),
+        (["--input.mode", "resampled"], "give --input.steps_per_epoch"),
+        (["--input.steps_per_epoch", "5"], "no effect with input.mode planned"),
+        (["--evaluation.train", "x"], "evaluation.train and evaluation.test go together"),
+        (["--seed", "-1"], "seed is -1"),
+        (["--input.max_bad_share", "2"], "max_bad_share is 2"),
+        (["--optim.final_lr_ratio", "2"], "final_lr_ratio is 2"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_refused_by_name(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        parse(RECIPE, changes)
+
+
+def test_a_recipe_without_shards_runs_its_smoke_profile_on_the_same_path():
+    recipe = dataclasses.replace(RECIPE, input=configs.InputConfig(views="official"), optim=configs.OptimConfig(name="lars"))
+    config = parse(recipe, [])
+    assert config.smoke and config.input.shards == configs.BUILTIN_DIGITS
+    assert (config.input.views, config.optim.name, config.objective) == ("official", "lars", recipe.objective)
+    assert not parse(recipe, ["--input.shards", "x"]).smoke
+    assert parse(recipe, ["--input.shards", "x", "--smoke"]).smoke
+
+
+def test_a_saved_configuration_reads_back_equal(tmp_path):
+    config = parse(RECIPE, ["--objective.options.mu", "10", "--expander.widths", "64", "32"])
+    configs.save(config, tmp_path / "config.json")
+    assert configs.load(tmp_path / "config.json") == config
+
+
+def test_an_unknown_key_in_a_saved_configuration_is_named():
+    data = configs.to_dict(RECIPE)
+    with pytest.raises(ConfigError, match=r"unknown configuration key encoder\.nme; known: .*name"):
+        configs.from_dict({**data, "encoder": {"nme": "x"}})
+    with pytest.raises(ConfigError, match="unknown configuration key bach; known: .*batch"):
+        configs.from_dict({**data, "bach": 3})
+
+
+def test_differences_list_what_moves_the_loss_and_nothing_else():
+    other = parse(RECIPE, ["--batch", "64", "--optim.lr", "1", "--input.workers", "0", "--engine.zero_stage", "1", "--checkpoint.keep", "5"])
+    assert configs.differences(RECIPE, other) == ["batch: 2048 -> 64", "optim.lr: 0.002 -> 1.0"]
+
+
+def test_the_peak_rate_scales_with_the_batch():
+    assert parse(RECIPE, ["--batch", "512"]).peak_lr == pytest.approx(2e-3 / 4)
+
+
+def test_importing_the_package_loads_no_engine_and_the_configuration_no_torch():
+    code = "import sys, vicreg_mm, vicreg_mm.config; print([m for m in ('torch', 'deepspeed', 'timm', 'open_clip') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_the_public_names_load_no_engine():
+    code = (
+        "import sys, vicreg_mm; vicreg_mm.VICReg; vicreg_mm.objectives.names(); vicreg_mm.encoders.build_vision;"
+        "print([m for m in ('deepspeed', 'timm', 'open_clip') if m in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"

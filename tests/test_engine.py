@@ -1,0 +1,67 @@
+"""DeepSpeed's settings: none of its silent traps reaches a user."""
+
+import json
+
+import pytest
+
+from tests.tiny import tiny_config
+from vicreg_mm.config import ConfigError
+from vicreg_mm.engine import deepspeed_settings
+
+
+def settings(tmp_path, user=None, world_size=2, **changes):
+    if user is not None:
+        (tmp_path / "ds.json").write_text(user if isinstance(user, str) else json.dumps(user))
+        changes["deepspeed_config"] = str(tmp_path / "ds.json")
+    return deepspeed_settings(tiny_config("shards", "run", **changes), world_size)
+
+
+def test_clipping_is_off_unless_asked_for(tmp_path):
+    assert settings(tmp_path)["gradient_clipping"] == 0.0
+    assert settings(tmp_path, optim__clip=3.0)["gradient_clipping"] == 3.0
+
+
+def test_the_batch_is_cut_over_the_ranks(tmp_path):
+    made = settings(tmp_path, world_size=4)
+    assert (made["train_batch_size"], made["train_micro_batch_size_per_gpu"], made["gradient_accumulation_steps"]) == (32, 8, 1)
+    with pytest.raises(ConfigError, match="batch 32 cannot be cut into equal parts for 3 ranks"):
+        settings(tmp_path, world_size=3)
+
+
+def test_mixed_precision_is_autocast_with_float32_reductions(tmp_path):
+    made = settings(tmp_path, engine__precision="bf16")
+    assert made["torch_autocast"] == {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+    assert "torch_autocast" not in settings(tmp_path)
+
+
+def test_a_users_file_is_merged_over_ours(tmp_path):
+    made = settings(tmp_path, {"zero_optimization": {"stage": 2, "overlap_comm": True}, "wall_clock_breakdown": True}, engine__zero_stage=1)
+    assert made["zero_optimization"] == {"stage": 2, "overlap_comm": True}
+    assert made["wall_clock_breakdown"] and made["gradient_clipping"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("user", "message"),
+    [
+        ({"gradient_cliping": 1.0}, r"unknown DeepSpeed setting in .*ds\.json 'gradient_cliping'; known: .*gradient_clipping"),
+        ({"optimizer": {"type": "Adam"}}, "section 'optimizer' is set by this engine; use --optim"),
+        ({"bf16": {"enabled": True}}, "section 'bf16' is set by this engine; use --engine.precision bf16"),
+        ({"gradient_accumulation_steps": 4}, "gradient_accumulation_steps 4 would change the objective: variance and covariance"),
+        ({"train_batch_size": 64}, "train_batch_size is 64, but --batch makes it 32"),
+        ({"train_micro_batch_size_per_gpu": "auto"}, "is 'auto', which only the Hugging Face trainer fills in"),
+        ("{not json", "cannot read deepspeed_config"),
+    ],
+)
+def test_a_users_file_that_would_be_ignored_or_do_harm_is_refused(tmp_path, user, message):
+    with pytest.raises(ConfigError, match=message):
+        settings(tmp_path, user)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"cannot read deepspeed_config .*absent\.json"):
+        settings(tmp_path, deepspeed_config=str(tmp_path / "absent.json"))
+
+
+def test_lars_is_refused_under_a_stage_that_the_file_brings(tmp_path):
+    with pytest.raises(ConfigError, match="lars with engine.zero_stage 1"):
+        settings(tmp_path, {"zero_optimization": {"stage": 1}}, optim__name="lars")

@@ -1,0 +1,126 @@
+"""The module that DeepSpeed wraps, and the plain-torch VICReg, against the reference document's formula."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import vicreg_mm
+from vicreg_mm import objectives
+from vicreg_mm.encoders import build_vision
+from vicreg_mm.expander import Expander
+from vicreg_mm.model import Normalize, PretrainModel
+
+
+def document_loss(z1, z2, lambda_param=25.0, mu_param=25.0, nu_param=1.0, gamma=1.0):
+    """The reference document's code, in its words."""
+
+    def variance_loss(z):
+        return torch.mean(F.relu(gamma - torch.sqrt(z.var(dim=0) + 1e-4)))
+
+    def covariance_loss(z):
+        z = z - z.mean(dim=0)
+        cov = (z.T @ z) / (z.shape[0] - 1)
+        return (cov.pow(2).sum() - cov.diagonal().pow(2).sum()) / z.shape[1]
+
+    inv = F.mse_loss(z1, z2)
+    var = (variance_loss(z1) + variance_loss(z2)) / 2
+    cov = (covariance_loss(z1) + covariance_loss(z2)) / 2
+    return lambda_param * inv + mu_param * var + nu_param * cov, inv, var, cov
+
+
+def small_vicreg(**options):
+    torch.manual_seed(0)
+    backbone = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 24), nn.ReLU())
+    return vicreg_mm.VICReg(backbone, encoder_dim=24, projector_hidden_dim=40, projector_output_dim=48, **options)
+
+
+def test_vicreg_in_plain_torch_is_the_documents_loss_and_gradient():
+    model = small_vicreg(mu_param=20.0, variance_threshold=1.5).double()
+    views = torch.randn(2, 16, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    loss, metrics = model(views[0], views[1])
+    loss.backward()
+    found = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    z1, z2 = (model.projector(model.encoder(view)) for view in views)
+    expected, inv, var, cov = document_loss(z1, z2, mu_param=20.0, gamma=1.5)
+    expected.backward()
+    for name, value in {"loss": expected, "inv_loss": inv, "var_loss": var, "cov_loss": cov}.items():
+        torch.testing.assert_close(metrics[name], value.detach(), rtol=1e-12, atol=0)
+    for gradient, p in zip(found, model.parameters(), strict=True):
+        torch.testing.assert_close(gradient, p.grad, rtol=1e-10, atol=1e-14)
+    torch.testing.assert_close(metrics["std_mean"], torch.stack([z1.std(0).mean(), z2.std(0).mean()]).mean().detach(), rtol=1e-3, atol=0)
+    assert not any(value.requires_grad for value in metrics.values())
+
+
+def test_the_documents_projector_ends_in_batchnorm_and_relu_and_the_papers_is_linear():
+    assert isinstance(list(small_vicreg().projector.modules())[-1], nn.ReLU)
+    last = list(small_vicreg(projector_final="linear").projector.modules())[-1]
+    assert isinstance(last, nn.Linear) and last.bias is None
+
+
+def test_vicreg_learns_the_features_width_from_a_named_backbone():
+    with torch.device("meta"):
+        model = vicreg_mm.VICReg(
+            backbone="resnet50", projector_hidden_dim=8192, projector_output_dim=8192, lambda_param=25.0, mu_param=25.0, nu_param=1.0,
+            variance_threshold=1.0,
+        )  # fmt: skip
+    assert model.encoder.num_features == 2048
+
+
+def test_a_module_as_backbone_needs_its_width():
+    with pytest.raises(ValueError, match="encoder_dim is missing"):
+        vicreg_mm.VICReg(nn.Identity())
+    with pytest.raises(ValueError, match="encoder_dim is 7, but the backbone gives"):
+        vicreg_mm.VICReg("timm/test_resnet", encoder_dim=7)
+
+
+def pretrain_model(joint=None, encoder="timm/test_resnet", **options):
+    torch.manual_seed(0)
+    encoder = build_vision(encoder, image_size=64)
+    return PretrainModel(encoder, Expander(encoder.num_features, (32, 40)), objectives.build("vicreg", **options), joint)
+
+
+def batch(n=6, size=64):
+    generator = torch.Generator().manual_seed(2)
+    return SimpleNamespace(views={f"global_{i}": torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8, generator=generator) for i in (0, 1)})
+
+
+def test_normalize_is_torchvisions():
+    from torchvision.transforms.v2 import functional
+
+    image = batch().views["global_0"]
+    mean, std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
+    expected = functional.normalize(functional.to_dtype(image, torch.float32, scale=True), list(mean), list(std))
+    torch.testing.assert_close(Normalize(mean, std)(image), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_logs_carry_the_names_of_metrics_jsonl():
+    loss, logs = pretrain_model()(batch())
+    assert {"loss/total", "loss/invariance", "loss/variance", "loss/covariance", "stats/std_mean", "stats/std_min", "stats/std_max",
+            "stats/collapsed_dims", "loss/variance/global_0", "features"} <= set(logs)  # fmt: skip
+    expected = 25 * logs["loss/invariance"] + 25 * logs["loss/variance"] + logs["loss/covariance"]
+    torch.testing.assert_close(loss.detach(), expected)
+    assert not any(value.requires_grad for value in logs.values())
+
+
+def test_views_of_one_size_may_share_a_forward_where_there_is_no_batchnorm():
+    together, apart = (pretrain_model(joint, encoder="timm/test_vit").eval()(batch())[0] for joint in (True, False))
+    torch.testing.assert_close(together, apart)
+    assert pretrain_model(encoder="timm/test_vit").joint and not pretrain_model(encoder="timm/test_resnet").joint
+
+
+def test_batchnorm_sees_one_view_at_a_time():
+    model = pretrain_model()
+    seen = []
+    first = next(m for m in model.encoder.modules() if isinstance(m, nn.BatchNorm2d))
+    first.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
+    model(batch(6))
+    assert seen == [6, 6]
+
+
+def test_missing_views_are_named_on_both_sides():
+    with pytest.raises(ValueError, match=r"needs the views global_0, global_1, but the loader offers only global_0, local_0; missing: global_1"):
+        pretrain_model().check_views(("global_0", "local_0"))
