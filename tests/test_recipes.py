@@ -1,0 +1,110 @@
+"""Every recipe is one readable page that parses, and runs its smoke profile on the same code path."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import metrics
+from vicreg_mm import config as configs
+from vicreg_mm import objectives
+from vicreg_mm.config import parse
+from vicreg_mm.engine import deepspeed_settings
+from vicreg_mm.optim import build_optimizer, parameter_groups
+from vicreg_mm.pretrain import build_model
+
+ROOT = Path(__file__).parent.parent
+RECIPES = sorted(path for path in (ROOT / "recipes").glob("*.py"))
+
+
+def recipe(name):
+    spec = importlib.util.spec_from_file_location(f"recipe_{name}", ROOT / "recipes" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.CONFIG
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_is_a_page_with_its_command_its_sources_and_what_to_expect(path):
+    text = path.read_text()
+    assert len(text.splitlines()) < 80
+    assert f"deepspeed recipes/{path.name}" in text and "Expected:" in text
+    assert "Source of every number" in text or path.stem == "digits"
+    assert recipe(path.stem).name == path.stem
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_builds_in_miniature(path):
+    config = parse(recipe(path.stem), ["--smoke"])
+    model = build_model(config)
+    deepspeed_settings(config, 1)
+    assert build_optimizer(parameter_groups(model, config.optim.weight_decay), config.optim)
+
+
+def test_the_standard_recipe_is_the_documents():
+    config = parse(recipe("resnet50_imagenet"), ["--input.shards", "x"])
+    o = config.optim
+    assert (config.batch, config.epochs, config.peak_lr, o.name, o.betas, o.weight_decay) == (2048, 1000, 2e-3, "adamw", (0.9, 0.999), 0.04)
+    assert (o.warmup_epochs, o.final_lr_ratio, o.clip) == (10, 0.0, 1.0)
+    assert (config.expander.widths, config.expander.final) == ((8192, 8192, 8192), "bn_relu")
+    assert (config.input.views, config.input.image_size, config.checkpoint.milestone_epochs) == ("document", 224, 100)
+    assert objectives.build("vicreg", **config.objective.options).weighting.base(8192) == (25.0, 25.0, 1.0)
+
+
+def test_the_published_recipe_is_the_official_codes():
+    config = parse(recipe("resnet50_imagenet_published"), ["--input.shards", "x"])
+    o = config.optim
+    assert (config.batch, config.epochs, o.name, o.weight_decay, o.final_lr_ratio) == (2048, 1000, "lars", 1e-6, 1e-3)
+    assert config.peak_lr == pytest.approx(1.6)
+    assert (config.expander.final, config.input.views, config.encoder.zero_init_residual) == ("linear", "official", True)
+    assert objectives.build("vicreg", **config.objective.options).weighting.base(8192) == (25.0, 25.0, 2.0)
+
+
+def test_the_vit_recipe_pools_by_class_token_or_mean():
+    config = recipe("vit_b_imagenet")
+    assert (config.encoder.pooling, config.epochs, config.peak_lr) == ("token", 300, 2e-3)
+    assert parse(config, ["--input.shards", "x", "--encoder.pooling", "avg", "--epochs", "1000"]).encoder.pooling == "avg"
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_smoke_profile_keeps_the_objective_the_optimizer_and_the_views(path):
+    full = recipe(path.stem)
+    small = configs.smoke_profile(full)
+    assert (small.objective, small.optim.name, small.input.views, small.expander.final) == (
+        full.objective, full.optim.name, full.input.views, full.expander.final,
+    )  # fmt: skip
+
+
+def run(command, tmp_path, **environment):
+    env = {**os.environ, "VICREG_MM_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1", **environment}
+    env["PATH"] = str(Path(sys.executable).parent) + os.pathsep + env["PATH"]
+    return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+
+
+SHORT = ["--steps", "2", "--epochs", "1", "--batch", "32", "--monitor.log_every", "1", "--encoder.name", "timm/test_resnet", "--expander.widths", "32", "48"]
+
+
+@pytest.mark.launcher
+def test_two_processes_under_the_launcher_give_the_loss_of_one_without_it(tmp_path):
+    script = str(ROOT / "recipes" / "digits.py")
+    alone = run([sys.executable, script, *SHORT, "--run", "alone"], tmp_path)
+    assert alone.returncode == 0, alone.stderr
+    pair = run(["deepspeed", "--num_gpus", "2", "--master_port", "29611", script, *SHORT, "--run", "pair"], tmp_path)
+    assert pair.returncode == 0, pair.stderr
+    assert metrics(tmp_path / "pair") == pytest.approx(metrics(tmp_path / "alone"), rel=1e-4)
+    for output in (alone.stdout, pair.stdout):
+        for row in ("raw pixels", "random encoder", "pretrained encoder"):
+            assert row in output
+    assert (tmp_path / "pair" / "encoder.safetensors").exists() and (tmp_path / "pair" / "evaluation.json").exists()
+    assert "mpi4py" not in alone.stderr
+
+
+@pytest.mark.launcher
+def test_a_wrong_option_ends_in_one_line_and_leaves_nothing(tmp_path):
+    result = run([sys.executable, str(ROOT / "recipes" / "digits.py"), "--objective.name", "vicrig"], tmp_path)
+    assert result.returncode == 2
+    assert "error: unknown objective 'vicrig'; known: " in result.stderr.strip().splitlines()[-1]
+    assert not (tmp_path / "runs").exists()
