@@ -128,6 +128,14 @@ def test_what_a_killed_download_left_is_cleared_away(served, tmp_path):
     assert not [name for name in cached_files(cache) if name.endswith(".part")]
 
 
+def test_a_download_has_its_room_from_the_beginning(tmp_path):
+    cache = ShardCache(tmp_path, 3000)
+    for name in ("a", "b"):
+        (tmp_path / f"{name * 24}-1000.tar").write_bytes(bytes(1000))
+    cache._make_room(1500, tmp_path / f"{'c' * 24}-1500.part")
+    assert cached_bytes(tmp_path) == 2500 and len(cached_files(tmp_path)) == 2
+
+
 def test_an_evicted_copy_does_not_stay_open(served, tmp_path):
     _, url, _ = served
     index = ShardIndex.open(url, cache_dir=tmp_path / "cache")
