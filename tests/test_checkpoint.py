@@ -50,7 +50,7 @@ def test_a_named_directory_that_holds_a_run_is_refused_and_left_alone(tmp_path):
     config = tiny_config("shards", tmp_path / "mine")
     open_run(config)
     before = (tmp_path / "mine" / "config.json").read_text()
-    with pytest.raises(CheckpointError, match="mine already holds another run; choose another name, or --resume"):
+    with pytest.raises(CheckpointError, match=r"mine already holds another run; choose another name, or --resume"):
         open_run(dataclasses.replace(config, batch=64))
     assert (tmp_path / "mine" / "config.json").read_text() == before
 
@@ -73,9 +73,9 @@ def test_a_resume_that_disagrees_lists_the_differences(tmp_path):
 
 
 def test_nothing_to_resume_says_so(tmp_path):
-    with pytest.raises(CheckpointError, match="nothing to resume: no .*tiny-NNN"):
+    with pytest.raises(CheckpointError, match=r"nothing to resume: no .*tiny-NNN"):
         open_run(dataclasses.replace(tiny_config("shards", ""), resume=True), tmp_path)
-    with pytest.raises(CheckpointError, match="nothing to resume: .*absent holds no run"):
+    with pytest.raises(CheckpointError, match=r"nothing to resume: .*absent holds no run"):
         open_run(dataclasses.replace(tiny_config("shards", tmp_path / "absent"), resume=True))
 
 
@@ -85,14 +85,19 @@ def test_a_checkpoint_is_plain_safetensors_and_json(tmp_path):
     assert {file.name for file in folder.iterdir()} == {"model.safetensors", "optimizer.safetensors", "state.json"}
     assert load_file(folder / "model.safetensors").keys() == engine.module.state_dict().keys()
     names = {name for name, _ in engine.module.named_parameters()}
-    assert set(load_file(folder / "optimizer.safetensors")) == {f"{name}/{key}" for name in names for key in ("exp_avg", "exp_avg_sq", "step")}
+    assert set(load_file(folder / "optimizer.safetensors")) == {
+        f"{name}/{key}" for name in names for key in ("exp_avg", "exp_avg_sq", "step")
+    }
 
 
 def test_no_space_left_keeps_the_checkpoint_before(tmp_path):
     run, engine = tmp_path, stepped()
     first = checkpoint.save(checkpoint.folder_of(run, 1), engine, {"step": 1})
     full = OSError(errno.ENOSPC, "No space left on device")
-    with mock.patch.object(checkpoint, "save_file", side_effect=full), pytest.raises(CheckpointError, match="No space left on device.*untouched"):
+    with (
+        mock.patch.object(checkpoint, "save_file", side_effect=full),
+        pytest.raises(CheckpointError, match=r"No space left on device.*untouched"),
+    ):
         checkpoint.save(checkpoint.folder_of(run, 2), engine, {"step": 2})
     assert checkpoint.existing(run) == [first]
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000001"]
@@ -126,14 +131,17 @@ def _states(engine):
 
 def test_an_optimizer_of_another_model_is_refused(tmp_path):
     folder = checkpoint.save(tmp_path / "checkpoints" / "step-00000001", stepped(), {"step": 1})
-    with pytest.raises(CheckpointError, match="not those of this model; differing: 1.bias, 1.weight"):
+    with pytest.raises(CheckpointError, match=r"not those of this model; differing: 1.bias, 1.weight"):
         checkpoint.restore_optimizer(WholeModule(nn.Sequential(nn.Linear(3, 4))), folder / "optimizer.safetensors")
 
 
 def test_every_key_that_does_not_fit_is_listed_and_nothing_is_loaded():
     module = nn.Linear(3, 2)
     before = module.weight.clone()
-    with pytest.raises(CheckpointError, match=r"file does not fit this model \(3 keys\): missing bias; extra other; weight has shape \(2, 4\), expected \(2, 3\)"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"file does not fit this model \(3 keys\): missing bias; extra other; weight has shape \(2, 4\), expected \(2, 3\)",
+    ):
         checkpoint.load_strictly(module, {"weight": torch.zeros(2, 4), "other": torch.zeros(1)}, "file")
     assert torch.equal(module.weight, before)
 
@@ -142,7 +150,7 @@ def test_a_damaged_file_is_named(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"no tensors here")
     with pytest.raises(CheckpointError, match=r"cannot read .*model\.safetensors"):
         checkpoint.read_tensors(tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match="is no readable checkpoint"):
+    with pytest.raises(CheckpointError, match=r"is no readable checkpoint"):
         checkpoint.read_state(tmp_path)
 
 

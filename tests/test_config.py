@@ -9,7 +9,9 @@ import pytest
 from vicreg_mm import config as configs
 from vicreg_mm.config import ConfigError, RunConfig, parse
 
-RECIPE = RunConfig(name="some", input=configs.InputConfig(shards="somewhere"), objective=configs.ObjectiveConfig(options={"convention": "official"}))
+RECIPE = RunConfig(
+    name="some", input=configs.InputConfig(shards="somewhere"), objective=configs.ObjectiveConfig(options={"convention": "official"})
+)
 
 
 def test_the_command_line_overrides_the_recipe():
@@ -79,12 +81,14 @@ def test_an_unknown_key_in_a_saved_configuration_is_named():
     data = configs.to_dict(RECIPE)
     with pytest.raises(ConfigError, match=r"unknown configuration key encoder\.nme; known: .*name"):
         configs.from_dict({**data, "encoder": {"nme": "x"}})
-    with pytest.raises(ConfigError, match="unknown configuration key bach; known: .*batch"):
+    with pytest.raises(ConfigError, match=r"unknown configuration key bach; known: .*batch"):
         configs.from_dict({**data, "bach": 3})
 
 
 def test_differences_list_what_moves_the_loss_and_nothing_else():
-    other = parse(RECIPE, ["--batch", "64", "--optim.lr", "1", "--input.workers", "0", "--engine.zero_stage", "1", "--checkpoint.keep", "5"])
+    other = parse(
+        RECIPE, ["--batch", "64", "--optim.lr", "1", "--input.workers", "0", "--engine.zero_stage", "1", "--checkpoint.keep", "5"]
+    )
     assert configs.differences(RECIPE, other) == ["batch: 2048 -> 64", "optim.lr: 0.002 -> 1.0"]
 
 

@@ -85,7 +85,9 @@ def pretrain_model(joint=None, encoder="timm/test_resnet", **options):
 
 def batch(n=6, size=64):
     generator = torch.Generator().manual_seed(2)
-    return SimpleNamespace(views={f"global_{i}": torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8, generator=generator) for i in (0, 1)})
+    return SimpleNamespace(
+        views={f"global_{i}": torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8, generator=generator) for i in (0, 1)}
+    )
 
 
 def test_normalize_is_torchvisions():
@@ -122,5 +124,7 @@ def test_batchnorm_sees_one_view_at_a_time():
 
 
 def test_missing_views_are_named_on_both_sides():
-    with pytest.raises(ValueError, match=r"needs the views global_0, global_1, but the loader offers only global_0, local_0; missing: global_1"):
+    with pytest.raises(
+        ValueError, match=r"needs the views global_0, global_1, but the loader offers only global_0, local_0; missing: global_1"
+    ):
         pretrain_model().check_views(("global_0", "local_0"))

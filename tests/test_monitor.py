@@ -15,7 +15,9 @@ HEALTHY = {
 
 
 def words(**changes):
-    return advice({**HEALTHY, **{name.replace("__", "/"): value for name, value in changes.items()}}, gamma=1.0, batch=512, num_features=2048)
+    return advice(
+        {**HEALTHY, **{name.replace("__", "/"): value for name, value in changes.items()}}, gamma=1.0, batch=512, num_features=2048
+    )
 
 
 def test_a_healthy_run_is_left_alone():

@@ -7,12 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.tiny import metrics
 from vicreg_mm import config as configs
 from vicreg_mm import objectives
 from vicreg_mm.config import parse
-from vicreg_mm.engine import deepspeed_settings
+from vicreg_mm.launch import deepspeed_settings
 from vicreg_mm.optim import build_optimizer, parameter_groups
 from vicreg_mm.pretrain import build_model
 
@@ -40,7 +41,7 @@ def test_a_recipe_is_a_page_with_its_command_its_sources_and_what_to_expect(path
 def test_a_recipe_builds_in_miniature(path):
     config = parse(recipe(path.stem), ["--smoke"])
     model = build_model(config)
-    deepspeed_settings(config, 1)
+    deepspeed_settings(config, 1, torch.device("cpu"))
     assert build_optimizer(parameter_groups(model, config.optim.weight_decay), config.optim)
 
 
@@ -84,7 +85,21 @@ def run(command, tmp_path, **environment):
     return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
 
 
-SHORT = ["--steps", "2", "--epochs", "1", "--batch", "32", "--monitor.log_every", "1", "--encoder.name", "timm/test_resnet", "--expander.widths", "32", "48"]
+SHORT = [
+    "--steps",
+    "2",
+    "--epochs",
+    "1",
+    "--batch",
+    "32",
+    "--monitor.log_every",
+    "1",
+    "--encoder.name",
+    "timm/test_resnet",
+    "--expander.widths",
+    "32",
+    "48",
+]
 
 
 @pytest.mark.launcher

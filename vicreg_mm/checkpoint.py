@@ -66,7 +66,7 @@ def restore_optimizer(engine: Any, path: Path) -> None:
     names = {id(p): name for name, p in engine.module.named_parameters()}
     with safe_open(path, framework="pt") as saved:
         keys: dict[str, list[str]] = {}
-        for entry in saved.keys():  # noqa: SIM118 (safe_open is no mapping)
+        for entry in saved.keys():
             name, _, key = entry.rpartition("/")
             keys.setdefault(name, []).append(key)
         trained = {name for name, p in engine.module.named_parameters() if p.requires_grad}
@@ -273,7 +273,11 @@ def _new_run(config: configs.RunConfig, root: Path) -> Path:
             raise CheckpointError(f"run {run} already holds another run; choose another name, or --resume to go on with it")
         run.mkdir(parents=True, exist_ok=True)
     else:
-        numbers = [int(match[1]) for path in root.glob(f"{config.name}-*") if (match := re.fullmatch(rf"{re.escape(config.name)}-(\d+)", path.name))]
+        numbers = [
+            int(match[1])
+            for path in root.glob(f"{config.name}-*")
+            if (match := re.fullmatch(rf"{re.escape(config.name)}-(\d+)", path.name))
+        ]
         run = root / f"{config.name}-{max(numbers, default=0) + 1:03d}"
         run.mkdir(parents=True)
     configs.save(config, run / "config.json")
@@ -303,7 +307,9 @@ def _resume(config: configs.RunConfig, root: Path) -> tuple[Path, Path | None]:
 def export_encoder(run: Path, checkpoint: Path, config: configs.RunConfig) -> Path:
     """Write `encoder.safetensors` with the encoder library's own key names, so that torchvision or timm load it as it is."""
     prefix = "encoder.net."
-    tensors = {key.removeprefix(prefix): value for key, value in read_tensors(checkpoint / "model.safetensors").items() if key.startswith(prefix)}
+    tensors = {
+        key.removeprefix(prefix): value for key, value in read_tensors(checkpoint / "model.safetensors").items() if key.startswith(prefix)
+    }
     path = run / "encoder.safetensors"
     partial = path.with_suffix(".partial")
     metadata = {"format": "pt", "encoder": json.dumps(configs.to_dict(config)["encoder"]), "image_size": str(config.input.image_size)}

@@ -201,7 +201,9 @@ def smoke_profile(config: RunConfig) -> RunConfig:
     size = 64 if is_vit else 32
     return dataclasses.replace(
         config,
-        input=dataclasses.replace(config.input, shards=BUILTIN_DIGITS, mode="planned", image_size=size, workers=min(config.input.workers, 1)),
+        input=dataclasses.replace(
+            config.input, shards=BUILTIN_DIGITS, mode="planned", image_size=size, workers=min(config.input.workers, 1)
+        ),
         encoder=encoder,
         expander=dataclasses.replace(config.expander, widths=tuple(min(width, 256) for width in config.expander.widths)),
         optim=dataclasses.replace(config.optim, warmup_epochs=0.5),
@@ -240,20 +242,25 @@ def parse(recipe: RunConfig, arguments: list[str]) -> RunConfig:
     return config
 
 
+POSITIVE = (
+    "batch", "epochs", "optim.lr", "optim.lr_batch", "input.image_size", "input.slots", "input.cache_gib", "monitor.log_every",
+    "monitor.gauge_every", "checkpoint.keep",
+)  # fmt: skip
+NOT_NEGATIVE = (
+    "steps", "optim.weight_decay", "optim.momentum", "optim.warmup_epochs", "optim.clip", "input.workers", "input.steps_per_epoch",
+    "checkpoint.every_epochs", "checkpoint.every_steps", "checkpoint.milestone_epochs", "evaluation.limit",
+)  # fmt: skip
+
+
 def check(config: RunConfig) -> None:
     """Raise ConfigError for values that no run can have."""
-    positive = {"batch": config.batch, "epochs": config.epochs, "optim.lr": config.optim.lr, "optim.lr_batch": config.optim.lr_batch,
-                "input.image_size": config.input.image_size, "input.slots": config.input.slots, "monitor.log_every": config.monitor.log_every,
-                "monitor.gauge_every": config.monitor.gauge_every, "checkpoint.keep": config.checkpoint.keep}  # fmt: skip
-    for name, value in positive.items():
-        if value <= 0:
-            raise ConfigError(f"{name} is {value}; it must be positive")
-    not_negative = {"steps": config.steps, "optim.weight_decay": config.optim.weight_decay, "optim.warmup_epochs": config.optim.warmup_epochs,
-                    "optim.clip": config.optim.clip, "input.workers": config.input.workers, "checkpoint.every_epochs": config.checkpoint.every_epochs,
-                    "checkpoint.every_steps": config.checkpoint.every_steps}  # fmt: skip
-    for name, value in not_negative.items():
-        if value < 0:
-            raise ConfigError(f"{name} is {value}; it cannot be negative")
+    flat = to_flat(config)
+    for name in POSITIVE:
+        if flat[name] <= 0:
+            raise ConfigError(f"{name} is {flat[name]}; it must be positive")
+    for name in NOT_NEGATIVE:
+        if flat[name] < 0:
+            raise ConfigError(f"{name} is {flat[name]}; it cannot be negative")
     if not 0 <= config.seed < 2**32:
         raise ConfigError(f"seed is {config.seed}; it must be from 0 to 2^32 - 1")
     if config.batch < 2:
@@ -269,8 +276,8 @@ def check(config: RunConfig) -> None:
         )
     if config.engine.precision == "fp16" and config.engine.zero_stage > 0:
         raise ConfigError(
-            f"engine.precision fp16 with engine.zero_stage {config.engine.zero_stage}: DeepSpeed's autocast would keep a loss scale of its own "
-            "on every rank; use --engine.precision bf16 or --engine.zero_stage 0"
+            f"engine.precision fp16 with engine.zero_stage {config.engine.zero_stage}: DeepSpeed's autocast would keep a loss scale "
+            "of its own on every rank; use --engine.precision bf16 or --engine.zero_stage 0"
         )
     if config.input.mode == "resampled" and config.input.steps_per_epoch <= 0:
         raise ConfigError("input.mode resampled has no end of its own: give --input.steps_per_epoch")
@@ -336,7 +343,9 @@ def from_dict(data: dict[str, Any]) -> RunConfig:
         values[outer.name] = value
     extra = sorted(set(data) - {outer.name for outer in dataclasses.fields(RunConfig)})
     if extra:
-        raise ConfigError(f"unknown configuration key {extra[0]}; known: {', '.join(outer.name for outer in dataclasses.fields(RunConfig))}")
+        raise ConfigError(
+            f"unknown configuration key {extra[0]}; known: {', '.join(outer.name for outer in dataclasses.fields(RunConfig))}"
+        )
     return RunConfig(**values)
 
 
@@ -350,8 +359,10 @@ def load(path: Path) -> RunConfig:
     return from_dict(json.loads(path.read_text()))
 
 
-FREE_TO_CHANGE = ("run", "resume", "deepspeed_config", "input.workers", "input.cache", "input.cache_gib", "input.shards", "input.max_bad_share",
-                  "engine.zero_stage", "engine.activation_checkpointing", "checkpoint.", "monitor.", "evaluation.")  # fmt: skip
+FREE_TO_CHANGE = (
+    "run", "resume", "deepspeed_config", "input.workers", "input.cache", "input.shards", "input.max_bad_share", "engine.zero_stage",
+    "engine.activation_checkpointing", "checkpoint.", "monitor.", "evaluation.",
+)  # fmt: skip
 """What a resumed run may set anew: none of it moves the loss (the shards may have moved; their contents are compared by the checkpoint)."""
 
 

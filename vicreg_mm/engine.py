@@ -1,12 +1,10 @@
-"""DeepSpeed initialisation and the training loop. Knows no objective by name and imports no probe.
+"""The training loop. Knows no objective by name and imports no probe.
 
 The contract: `module(batch) -> loss, logs` with `batch.to(device)`, logs of scalar tensors by their name in metrics.jsonl, and
 optionally `module.after_step(progress)`. A detection model fits it as well as a pretraining one.
 """
 
-import json
 import math
-import os
 import signal
 import sys
 import time
@@ -16,14 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from vicreg_mm import checkpoint, distributed, monitor
 from vicreg_mm import config as configs
 from vicreg_mm.config import ConfigError, RunConfig
-from vicreg_mm.optim import Schedule, build_optimizer, parameter_groups, set_lr
-from vicreg_mm.registry import unknown_name
+from vicreg_mm.optim import Schedule, set_lr
 
 
 class NonFiniteLoss(ValueError):
@@ -32,110 +29,6 @@ class NonFiniteLoss(ValueError):
 
 class TooManyBadRecords(ValueError):
     """More records than allowed could not be used."""
-
-
-# DeepSpeed's settings ---------------------------------------------------------------------------------------------------
-
-MERGED = (
-    "zero_optimization", "gradient_clipping", "communication_data_type", "torch_autocast", "data_types", "compile", "aio",
-    "flops_profiler", "comms_logger", "tensorboard", "wandb", "csv_monitor", "comet", "timers", "log_level", "dump_state",
-    "wall_clock_breakdown", "memory_breakdown", "steps_per_print", "disable_python_gc", "disable_allgather",
-    "zero_allow_untested_optimizer", "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
-)  # fmt: skip
-"""Sections of a user's DeepSpeed file that are merged over ours. DeepSpeed itself accepts any key without a word."""
-
-OURS = {
-    "optimizer": "--optim.*", "scheduler": "--optim.warmup_epochs and --optim.final_lr_ratio", "fp16": "--engine.precision fp16",
-    "bf16": "--engine.precision bf16", "bfloat16": "--engine.precision bf16", "activation_checkpointing": "--engine.activation_checkpointing",
-    "checkpoint": "--checkpoint.*",
-}  # fmt: skip
-"""Sections that this engine sets itself, and the option to use instead."""
-
-
-def deepspeed_settings(config: RunConfig, world_size: int) -> dict[str, Any]:
-    """The complete DeepSpeed configuration of a run: ours, with the user's file merged over it.
-
-    Raises ConfigError for keys that DeepSpeed would ignore, for settings that change the objective (gradient accumulation) and for
-    batch sizes that disagree.
-    """
-    if config.batch % world_size:
-        raise ConfigError(f"batch {config.batch} cannot be cut into equal parts for {world_size} ranks; use a multiple of {world_size}")
-    settings: dict[str, Any] = {
-        "train_batch_size": config.batch,
-        "train_micro_batch_size_per_gpu": config.batch // world_size,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": config.optim.clip,  # DeepSpeed clips at 1.0 where the key is absent
-        "steps_per_print": 2**31,
-        "zero_optimization": {"stage": config.engine.zero_stage},
-        "zero_allow_untested_optimizer": config.optim.name == "sgd",  # elementwise: right on flat pieces; LARS is not
-    }
-    if config.engine.precision != "fp32":
-        dtype = {"bf16": "bfloat16", "fp16": "float16"}[config.engine.precision]
-        # an empty list: gradients are reduced in float32 at every stage
-        settings["torch_autocast"] = {"enabled": True, "dtype": dtype, "lower_precision_safe_modules": []}
-    if config.deepspeed_config:
-        settings = _merge(settings, _read_user_file(Path(config.deepspeed_config), settings))
-    stage = settings["zero_optimization"].get("stage", 0)
-    if stage != config.engine.zero_stage:  # decided by the file: the rules of our own option hold for it too
-        from dataclasses import replace
-
-        configs.check(replace(config, engine=replace(config.engine, zero_stage=stage)))
-    return settings
-
-
-def _read_user_file(path: Path, ours: Mapping[str, Any]) -> dict[str, Any]:
-    try:
-        user = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise ConfigError(f"cannot read deepspeed_config {path}: {error}") from error
-    for key, value in user.items():
-        if key in OURS:
-            raise ConfigError(f"{path}: section '{key}' is set by this engine; use {OURS[key]}")
-        if key not in MERGED:
-            raise ConfigError(str(unknown_name(f"DeepSpeed setting in {path}", key, sorted(MERGED))))
-        if value == "auto":
-            raise ConfigError(f"{path}: '{key}' is 'auto', which only the Hugging Face trainer fills in; give a value or leave it out")
-    accumulation = user.get("gradient_accumulation_steps", 1)
-    if accumulation != 1:
-        raise ConfigError(
-            f"{path}: gradient_accumulation_steps {accumulation} would change the objective: variance and covariance belong to the whole "
-            "batch, and the mean of the losses of its parts is another loss; use more ranks, or a smaller batch with a narrower expander"
-        )
-    for key in ("train_batch_size", "train_micro_batch_size_per_gpu"):
-        if user.get(key, ours[key]) != ours[key]:
-            raise ConfigError(f"{path}: {key} is {user[key]}, but --batch makes it {ours[key]}; leave it out")
-    return user
-
-
-def _merge(ours: dict[str, Any], user: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(ours)
-    for key, value in user.items():
-        merged[key] = _merge(merged[key], value) if isinstance(value, dict) and isinstance(merged.get(key), dict) else value
-    return merged
-
-
-def launch(module: nn.Module, config: RunConfig, device: torch.device) -> Any:
-    """Wrap a module in a DeepSpeed engine. Everything that has parameters must be inside the module: DeepSpeed neither reduces nor
-    partitions what is outside."""
-    if config.engine.precision == "fp16" and device.type == "cpu":
-        raise ConfigError("engine.precision fp16 needs a GPU; use --engine.precision bf16 or fp32")
-    settings = deepspeed_settings(config, distributed.world_size())
-    scalars = [name for name, p in module.named_parameters() if p.ndim == 0]
-    if scalars:
-        raise ConfigError(f"parameter {scalars[0]} has no dimensions, which DeepSpeed cannot broadcast; give it the shape (1,)")
-    if device.type == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed
-
-    # its shared-memory collectives would be compiled for 40 s at the first start on a CPU; gloo serves
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    optimizer = build_optimizer(parameter_groups(module, config.optim.weight_decay), config.optim)
-    module.to(device)
-    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
-    return engine
-
-
-# The loop ---------------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -249,8 +142,9 @@ class _Loop:
         if not finite.holds():  # waits for the forward pass only, while the backward pass is still running
             values = ", ".join(f"{name.partition('/')[2]} {value.item():g}" for name, value in logs.items() if name in monitor.LOSS_TERMS)
             raise NonFiniteLoss(
-                f"the loss is {loss.item()} at step {t.step} (epoch {epoch}, step {step_in_epoch} of it): {values}; the optimizer was not stepped, "
-                f"last good checkpoint: {_latest(t.run)}; lower the learning rate, clip the gradients or use --engine.precision fp32"
+                f"the loss is {loss.item()} at step {t.step} (epoch {epoch}, step {step_in_epoch} of it): {values}; "
+                f"the optimizer was not stepped, last good checkpoint: {_latest(t.run)}; "
+                "lower the learning rate, clip the gradients or use --engine.precision fp32"
             )
         if (t.step + 1) % t.config.monitor.log_every == 0:
             self.grad_norm = self._gradient_norm()
@@ -348,7 +242,8 @@ class _Loop:
             if self.main:
                 with (self.t.run / "bad_records.txt").open("a") as file:
                     file.writelines(message + "\n" for message in messages)
-                self.say(f"{len(messages)} bad records left out ({bad} so far), listed in {self.t.run / 'bad_records.txt'}; the first: {messages[0]}")
+                listed = self.t.run / "bad_records.txt"
+                self.say(f"{len(messages)} bad records left out ({bad} so far), listed in {listed}; the first: {messages[0]}")
         share = bad / max(1, attempted)
         limit = self.t.config.input.max_bad_share
         if share > limit and bad > 1:
@@ -414,5 +309,7 @@ def restore(engine: Any, folder: Path) -> int:
     checkpoint.restore_optimizer(engine, folder / "optimizer.safetensors")
     scaler = getattr(engine, "torch_autocast_z0_gradscaler", None)
     if scaler is not None and "growth_tracker" in state["loss_scale"]:
-        scaler.load_state_dict({**scaler.state_dict(), "scale": state["loss_scale"]["scale"], "_growth_tracker": int(state["loss_scale"]["growth_tracker"])})
+        scaler.load_state_dict(
+            {**scaler.state_dict(), "scale": state["loss_scale"]["scale"], "_growth_tracker": int(state["loss_scale"]["growth_tracker"])}
+        )
     return state["step"]

@@ -52,7 +52,8 @@ class PretrainModel(nn.Module):
         missing = [name for name in needed if name not in offered]
         if missing:
             raise ValueError(
-                f"the objective needs the views {', '.join(needed)}, but the loader offers only {', '.join(offered)}; missing: {', '.join(missing)}"
+                f"the objective needs the views {', '.join(needed)}, but the loader offers only {', '.join(offered)}; "
+                f"missing: {', '.join(missing)}"
             )
 
     def encode(self, views: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -32,7 +32,9 @@ class RunLog:
 
         self.path = run / "metrics.jsonl"
         if self.path.exists():
-            whole = [line for line in self.path.read_text().splitlines(keepends=True) if line.endswith("}\n")]  # a kill may cut the last one
+            whole = [
+                line for line in self.path.read_text().splitlines(keepends=True) if line.endswith("}\n")
+            ]  # a kill may cut the last one
             self.path.write_text("".join(line for line in whole if json.loads(line)["step"] <= start_step))
         self._file = self.path.open("a", buffering=1)
         self._events = SummaryWriter(str(run), purge_step=start_step + 1 if start_step else None)
@@ -91,16 +93,17 @@ def advice(metrics: Mapping[str, float], gamma: float, batch: int, num_features:
         )
     if largest is not None and largest > 20 * gamma:
         found["runaway"] = (
-            f"a dimension's standard deviation is {largest:.1f}, {largest / gamma:.0f} times gamma, and nothing caps it: lower the learning rate or clip"
+            f"a dimension's standard deviation is {largest:.1f}, {largest / gamma:.0f} times gamma, and nothing caps it: "
+            "lower the learning rate or clip"
         )
-    terms = [metrics.get(f"loss/{name}") for name in ("invariance", "variance", "covariance")]
-    invariance, variance, covariance = terms
+    invariance, covariance = metrics.get("loss/invariance"), metrics.get("loss/covariance")
     if invariance is not None and std is not None and std > 0.5 * gamma and invariance < 1e-3 * gamma**2:
         found["weak views"] = f"the views already agree (invariance {invariance:.1e} with healthy variance): use stronger augmentations"
     floor = metrics.get("stats/covariance_floor")
     if covariance is not None and floor is not None and floor > 0 and covariance > 100 * floor and covariance > 100:
         found["correlated"] = (
-            f"covariance is {covariance:.1f}, far above its floor of {floor:.2f} for this batch and width: the dimensions repeat each other; increase nu"
+            f"covariance is {covariance:.1f}, far above its floor of {floor:.2f} for this batch and width: "
+            "the dimensions repeat each other; increase nu"
         )
     if rank is not None and rank < 0.1 * min(batch, num_features):
         found["rank"] = (

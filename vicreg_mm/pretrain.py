@@ -44,13 +44,17 @@ def _say_smoke(recipe: RunConfig) -> None:
         "data/README.md says how to make shards from ImageNet or any folder of images.",
     ]
     width = max(map(len, lines))
-    print("\n".join(["+" + "-" * (width + 2) + "+", *(f"| {line.ljust(width)} |" for line in lines), "+" + "-" * (width + 2) + "+"]), flush=True)
+    print(
+        "\n".join(["+" + "-" * (width + 2) + "+", *(f"| {line.ljust(width)} |" for line in lines), "+" + "-" * (width + 2) + "+"]),
+        flush=True,
+    )
 
 
 def pretrain(config: RunConfig, device: torch.device) -> Path:
     """Train as the configuration says, from the start or from its last checkpoint; returns the run directory with encoder.safetensors."""
     from vicreg_mm import checkpoint, engine, gauges
     from vicreg_mm.batchnorm import convert_sync_batchnorm
+    from vicreg_mm.launch import deepspeed_settings, launch
     from vicreg_mm.optim import Schedule
 
     data = open_data(config)
@@ -62,16 +66,18 @@ def pretrain(config: RunConfig, device: torch.device) -> Path:
         model.encoder.set_activation_checkpointing(True)
     if distributed.world_size() > 1:
         model = convert_sync_batchnorm(model, device)
-    engine.deepspeed_settings(config, distributed.world_size())  # a wrong setting must not leave a run directory behind
+    deepspeed_settings(config, distributed.world_size(), device)  # a wrong setting must not leave a run directory behind
     run, resumed = checkpoint.open_run(config)
     if resumed is not None:
         state = checkpoint.read_state(resumed)
         if state["data"] != data.fingerprint:
-            raise checkpoint.CheckpointError(f"{run} was trained on other data: {state['data']} in its checkpoint, {data.fingerprint} in --input.shards")
+            raise checkpoint.CheckpointError(
+                f"{run} was trained on other data: {state['data']} in its checkpoint, {data.fingerprint} in --input.shards"
+            )
         checkpoint.load_model(model, resumed)
     total = config.steps or config.epochs * data.steps_per_epoch
     schedule = Schedule(config.peak_lr, total, round(config.optim.warmup_epochs * data.steps_per_epoch), config.optim.final_lr_ratio)
-    wrapped = engine.launch(model, config, device)
+    wrapped = launch(model, config, device)
     training = engine.Training(
         config, run, schedule, data.steps_per_epoch, engine.restore(wrapped, resumed) if resumed else 0,
         gamma=getattr(model.objective, "gamma", 1.0), fingerprint=data.fingerprint, gauges={"stats/rank": gauges.rankme},
@@ -139,7 +145,12 @@ def open_data(config: RunConfig) -> Data:
     plan = Plan(tuple(index.counts), config.batch, config.seed, slots)
     loader = PretrainLoader(index, policy, plan, rank=rank, world_size=world, workers=config.input.workers, **cache)
     counts = json.dumps([int(count) for count in index.counts]).encode()
-    fingerprint = {"num_samples": plan.num_samples, "num_shards": len(index.counts), "counts_sha256": hashlib.sha256(counts).hexdigest()[:16], "slots": slots}
+    fingerprint = {
+        "num_samples": plan.num_samples,
+        "num_shards": len(index.counts),
+        "counts_sha256": hashlib.sha256(counts).hexdigest()[:16],
+        "slots": slots,
+    }
     return Data(policy.view_names, plan.num_samples, plan.steps_per_epoch, fingerprint,
                 lambda step: loader.batches(Position(*divmod(step, plan.steps_per_epoch)), epochs=10**9))  # fmt: skip
 

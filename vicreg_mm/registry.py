@@ -38,7 +38,8 @@ class Registry:
             taken = self._builders.get(name)
             if taken is not None and taken is not builder:
                 raise ValueError(
-                    f"{self.kind} '{name}' of {builder.__module__} clashes with the one that {taken.__module__} registered; choose another name"
+                    f"{self.kind} '{name}' of {builder.__module__} clashes with the one that {taken.__module__} registered; "
+                    "choose another name"
                 )
             self._builders[name] = builder
             return builder
@@ -72,7 +73,7 @@ class Registry:
         if self._plugins_loaded:
             return
         self._plugins_loaded = True
-        for point in entry_points(group=self.group):
+        for point in entry_points(group=self.group or ""):
             loaded = point.load()
             if self._builders.get(point.name) is not loaded:
                 self.register(point.name)(loaded)

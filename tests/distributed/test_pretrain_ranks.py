@@ -75,7 +75,9 @@ def resume(config):
 
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(digits, tmp_path):
     def config(name, **changes):
-        return tiny_config(digits["train"], tmp_path / name, steps=6, checkpoint__every_steps=3, checkpoint__keep=9, engine__zero_stage=2, **changes)
+        return tiny_config(
+            digits["train"], tmp_path / name, steps=6, checkpoint__every_steps=3, checkpoint__keep=9, engine__zero_stage=2, **changes
+        )
 
     whole, again = config("whole"), config("again")
     run_ranks(train_all, 2, [whole])
@@ -99,4 +101,3 @@ def test_a_run_goes_on_with_another_number_of_ranks_and_another_zero_stage(digit
         shutil.rmtree(tmp_path / name / "checkpoints" / "step-00000004")
         run_ranks(train_all, 1, [resume(config(name, engine__zero_stage=stage))])
         assert metrics(tmp_path / name) == pytest.approx(metrics(whole.run), rel=1e-4)
-

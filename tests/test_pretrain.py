@@ -1,0 +1,156 @@
+"""The whole program in one process: what a user can do wrong, and what must then stand on disk."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.distributed.ranks import run_ranks
+from tests.tiny import metrics, tiny_config
+from vicreg_mm import checkpoint
+from vicreg_mm.input.shards import write_index
+from vicreg_mm.input.writing import write_tar
+
+
+def attempt(configs):
+    """Run each configuration; the error message of each, or the run directory."""
+    from vicreg_mm import distributed
+    from vicreg_mm.pretrain import pretrain
+
+    device = distributed.start()
+    outcomes = []
+    for config in configs:
+        try:
+            outcomes.append(str(pretrain(config, device)))
+        except ValueError as error:
+            outcomes.append(f"{type(error).__name__}: {error}")
+    return outcomes
+
+
+def image(seed, side=32):
+    pixels = np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    return cv2.imencode(".png", pixels)[1].tobytes()
+
+
+@pytest.fixture(scope="module")
+def damaged(tmp_path_factory):
+    """64 images of which 3 cannot be decoded."""
+    folder = tmp_path_factory.mktemp("damaged")
+    data = [b"not an image" if n in (5, 20, 40) else image(n) for n in range(64)]
+    write_tar(folder / "a.tar", ({"__key__": f"{n:03d}", "png": png} for n, png in enumerate(data)))
+    write_index(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def outcomes(digits, damaged, tmp_path_factory):
+    """name -> (run directory, what happened), all in one process."""
+    folder = tmp_path_factory.mktemp("runs")
+    empty = tmp_path_factory.mktemp("empty")
+
+    def config(name, shards=digits["train"], **changes):
+        return tiny_config(shards, folder / name, **changes)
+
+    configs = {
+        "nan": config("nan", steps=6, optim__name="sgd", optim__lr=1e18, checkpoint__every_steps=1),
+        "few bad": config("few bad", damaged, input__max_bad_share=0.2, steps=4),
+        "many bad": config("many bad", damaged, input__max_bad_share=0.02, steps=4),
+        "too large": config("too large", damaged, batch=128),
+        "empty": config("empty", empty),
+        "absent": config("absent", folder / "nowhere"),
+        "encoder": config("encoder", encoder__name="timm/resnet51"),
+        "views": config("views", input__views="documents"),
+        "builtin": config("builtin", "builtin:cats"),
+        "option": config("option", objective=dataclasses.replace(tiny_config("", "").objective, options={"lamda": 1.0})),
+        "fp16": config("fp16", engine__precision="fp16"),
+        "bf16": config("bf16", engine__precision="bf16", steps=2),
+        "lars": config("lars", optim__name="lars", steps=2),
+        "checkpointing": config("checkpointing", engine__activation_checkpointing=True, steps=2),
+        "plain": config("plain", steps=2),
+        "other data": config("other data", steps=2),
+        "other data again": config("other data", damaged, steps=2, resume=True),
+    }
+    results = run_ranks(attempt, 1, list(configs.values()), timeout_seconds=400)[0]
+    return {name: (Path(config.run), result) for (name, config), result in zip(configs.items(), results, strict=True)}
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_step_and_terms(outcomes):
+    run, message = outcomes["nan"]
+    assert message.startswith("NonFiniteLoss: the loss is nan at step 1 (epoch 0, step 1 of it): total nan, invariance ")
+    assert "variance" in message and "covariance" in message
+    assert f"last good checkpoint: {run}/checkpoints/step-00000001" in message
+    assert checkpoint.existing(run)[-1].name == "step-00000001"
+
+
+def test_a_bad_record_is_left_out_counted_and_listed(outcomes):
+    run, result = outcomes["few bad"]
+    assert result == str(run)
+    assert list(metrics(run, "data/bad_records").values())[-1] == 6  # 4 steps of 32 are two epochs of 64
+    listed = (run / "bad_records.txt").read_text().splitlines()
+    assert len(listed) == 6 and all("a.tar" in line and "row" in line for line in listed)
+
+
+def test_too_many_bad_records_stop_the_run_with_their_share(outcomes):
+    message = outcomes["many bad"][1]
+    assert message.startswith("TooManyBadRecords: ") and "--input.max_bad_share is 2.0%" in message and "bad_records.txt" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("too large", "batch 128 is larger than the data set of 64 samples"),
+        ("empty", "empty"),
+        ("absent", "nowhere"),
+        ("encoder", "unknown encoder 'timm/resnet51'; closest"),
+        ("views", "documents"),
+        ("builtin", "unknown built-in data 'builtin:cats'; known: builtin:digits"),
+        ("option", "unknown option of objective 'vicreg' 'lamda'; known: convention, lambda_, mu"),
+        ("fp16", "fp16 needs a GPU"),
+    ],
+)
+def test_what_cannot_start_says_why_and_leaves_no_run_directory(outcomes, name, message):
+    run, result = outcomes[name]
+    assert message in result
+    assert not run.exists()
+
+
+def test_a_resume_on_other_data_is_refused(outcomes):
+    assert "was trained on other data" in outcomes["other data again"][1]
+
+
+@pytest.mark.parametrize("name", ["bf16", "lars"])
+def test_other_precisions_and_optimizers_train(outcomes, name):
+    run, result = outcomes[name]
+    assert result == str(run)
+    assert all(np.isfinite(list(metrics(run).values())))
+
+
+def test_bf16_keeps_weights_and_statistics_in_float32(outcomes):
+    tensors = load_file(outcomes["bf16"][0] / "checkpoints" / "step-00000002" / "model.safetensors")
+    assert {t.dtype for t in tensors.values()} == {torch.float32, torch.int64}
+
+
+def test_activation_checkpointing_changes_nothing_but_memory(outcomes):
+    plain, recomputed = (load_file(outcomes[name][0] / "encoder.safetensors") for name in ("plain", "checkpointing"))
+    assert plain.keys() == recomputed.keys()
+    for name, value in plain.items():  # running statistics and their counts among them
+        torch.testing.assert_close(recomputed[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_a_run_directory_holds_what_it_should(outcomes):
+    run = outcomes["plain"][0]
+    assert {path.name for path in run.iterdir() if not path.name.startswith("events")} == {
+        "config.json", "metrics.jsonl", "checkpoints", "encoder.safetensors",
+    }  # fmt: skip
+    line = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
+    terms = ("loss/total", "loss/invariance", "loss/variance", "loss/covariance")
+    gauges = ("stats/std_mean", "stats/std_min", "stats/std_max", "stats/collapsed_dims")
+    for key in ("step", "epoch", "lr", *terms, *gauges, "perf/images_per_second"):
+        assert key in line
+    assert list(metrics(run, "stats/rank")) == [2]  # at the end; and every monitor.gauge_every steps
+    assert list(run.glob("events.out.tfevents*"))

@@ -1,0 +1,113 @@
+"""Wrap a module in a DeepSpeed engine, with settings that hold none of DeepSpeed's silent surprises."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from vicreg_mm import config as configs
+from vicreg_mm import distributed
+from vicreg_mm.config import ConfigError, RunConfig
+from vicreg_mm.optim import build_optimizer, parameter_groups
+from vicreg_mm.registry import unknown_name
+
+MERGED = (
+    "zero_optimization", "gradient_clipping", "communication_data_type", "torch_autocast", "data_types", "compile", "aio",
+    "flops_profiler", "comms_logger", "tensorboard", "wandb", "csv_monitor", "comet", "timers", "log_level", "dump_state",
+    "wall_clock_breakdown", "memory_breakdown", "steps_per_print", "disable_python_gc", "disable_allgather",
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
+)  # fmt: skip
+"""Sections of a user's DeepSpeed file that are merged over ours. DeepSpeed itself accepts any key without a word."""
+
+OURS = {
+    "optimizer": "--optim.*", "scheduler": "--optim.warmup_epochs and --optim.final_lr_ratio", "fp16": "--engine.precision fp16",
+    "bf16": "--engine.precision bf16", "bfloat16": "--engine.precision bf16",
+    "activation_checkpointing": "--engine.activation_checkpointing", "checkpoint": "--checkpoint.*",
+}  # fmt: skip
+"""Sections that this engine sets itself, and the option to use instead."""
+
+
+def deepspeed_settings(config: RunConfig, world_size: int, device: torch.device) -> dict[str, Any]:
+    """The complete DeepSpeed configuration of a run: ours, with the user's file merged over it.
+
+    Raises ConfigError for fp16 without a GPU, for keys that DeepSpeed would ignore, for settings that change the objective (gradient
+    accumulation) and for batch sizes that disagree.
+    """
+    if config.engine.precision == "fp16" and device.type == "cpu":
+        raise ConfigError("engine.precision fp16 needs a GPU; use --engine.precision bf16 or fp32")
+    if config.batch % world_size:
+        raise ConfigError(f"batch {config.batch} cannot be cut into equal parts for {world_size} ranks; use a multiple of {world_size}")
+    settings: dict[str, Any] = {
+        "train_batch_size": config.batch,
+        "train_micro_batch_size_per_gpu": config.batch // world_size,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": config.optim.clip,  # DeepSpeed clips at 1.0 where the key is absent
+        "steps_per_print": 2**31,
+        "zero_optimization": {"stage": config.engine.zero_stage},
+        "zero_allow_untested_optimizer": config.optim.name == "sgd",  # elementwise: right on flat pieces; LARS is not
+    }
+    if config.engine.precision != "fp32":
+        dtype = {"bf16": "bfloat16", "fp16": "float16"}[config.engine.precision]
+        # an empty list: gradients are reduced in float32 at every stage
+        settings["torch_autocast"] = {"enabled": True, "dtype": dtype, "lower_precision_safe_modules": []}
+    if config.deepspeed_config:
+        settings = _merge(settings, _read_user_file(Path(config.deepspeed_config), settings))
+    stage = settings["zero_optimization"].get("stage", 0)
+    if stage != config.engine.zero_stage:  # decided by the file: the rules of our own option hold for it too
+        configs.check(replace(config, engine=replace(config.engine, zero_stage=stage)))
+    return settings
+
+
+def _read_user_file(path: Path, ours: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        user = json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ConfigError(f"cannot read deepspeed_config {path}: {error}") from error
+    for key, value in user.items():
+        if key in OURS:
+            raise ConfigError(f"{path}: section '{key}' is set by this engine; use {OURS[key]}")
+        if key not in MERGED:
+            raise ConfigError(str(unknown_name(f"DeepSpeed setting in {path}", key, sorted(MERGED))))
+        if value == "auto":
+            raise ConfigError(f"{path}: '{key}' is 'auto', which only the Hugging Face trainer fills in; give a value or leave it out")
+    accumulation = user.get("gradient_accumulation_steps", 1)
+    if accumulation != 1:
+        raise ConfigError(
+            f"{path}: gradient_accumulation_steps {accumulation} would change the objective: variance and covariance belong to the whole "
+            "batch, and the mean of the losses of its parts is another loss; use more ranks, or a smaller batch with a narrower expander"
+        )
+    for key in ("train_batch_size", "train_micro_batch_size_per_gpu"):
+        if user.get(key, ours[key]) != ours[key]:
+            raise ConfigError(f"{path}: {key} is {user[key]}, but --batch makes it {ours[key]}; leave it out")
+    return user
+
+
+def _merge(ours: dict[str, Any], user: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(ours)
+    for key, value in user.items():
+        merged[key] = _merge(merged[key], value) if isinstance(value, dict) and isinstance(merged.get(key), dict) else value
+    return merged
+
+
+def launch(module: nn.Module, config: RunConfig, device: torch.device) -> Any:
+    """Wrap a module in a DeepSpeed engine. Everything that has parameters must be inside the module: DeepSpeed neither reduces nor
+    partitions what is outside."""
+    settings = deepspeed_settings(config, distributed.world_size(), device)
+    scalars = [name for name, p in module.named_parameters() if p.ndim == 0]
+    if scalars:
+        raise ConfigError(f"parameter {scalars[0]} has no dimensions, which DeepSpeed cannot broadcast; give it the shape (1,)")
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    # its shared-memory collectives would be compiled for 40 s at the first start on a CPU; gloo serves
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    optimizer = build_optimizer(parameter_groups(module, config.optim.weight_decay), config.optim)
+    module.to(device)
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
+    return engine
