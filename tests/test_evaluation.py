@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -6,6 +8,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 
+from vicreg_mm.evaluation import linear_probe as linear_probe_module
 from vicreg_mm.evaluation.features import extract_features, frozen, raw_pixels
 from vicreg_mm.evaluation.knn import knn_accuracy, knn_predictions
 from vicreg_mm.evaluation.linear_probe import draw_per_class, few_labels, linear_probe
@@ -126,13 +129,25 @@ def test_linear_probe_with_one_penalty_is_scikit_learns():
     assert 0.5 < expected < 1
 
 
+def test_the_penalty_with_the_best_held_out_accuracy_is_taken_the_stronger_one_of_equals(monkeypatch):
+    scores = {0.1: 0.5, 1.0: 0.8, 10.0: 0.8, 100.0: 0.7}
+    held_out = []
+    monkeypatch.setattr(
+        linear_probe_module,
+        "_fit",
+        lambda x, y, c: SimpleNamespace(score=lambda x_held, y_held: held_out.append((len(x), sorted(y_held))) or scores[c]),
+    )
+    x, y = blobs(40)
+    assert linear_probe_module._best_c(x.numpy(), y.numpy(), tuple(scores), seed=0) == 1.0
+    assert held_out == [(32, [0, 0, 1, 1, 2, 2, 3, 3])] * 4
+
+
 def test_linear_probe_chooses_its_penalty_without_the_test_set(monkeypatch):
     x, y = blobs(80, dimensions=60, noise=4.0)
     x_test, y_test = blobs(400, dimensions=60, noise=4.0, seed=1)
-    from vicreg_mm.evaluation import linear_probe as module
-
     chosen = []
-    monkeypatch.setattr(module, "_best_c", lambda *a, best=module._best_c: chosen.append(best(*a)) or chosen[-1])
+    best_c = linear_probe_module._best_c
+    monkeypatch.setattr(linear_probe_module, "_best_c", lambda *a: chosen.append(best_c(*a)) or chosen[-1])
     linear_probe(x, y, x_test, y_test)
     linear_probe(x, y, x_test, torch.zeros_like(y_test))
     assert chosen[0] == chosen[1]
