@@ -69,7 +69,7 @@ def test_a_clip_tower_loads_in_plain_open_clip_without_its_projection():
 
 
 def test_a_vit_takes_smaller_views_too():
-    encoder = build_vision("timm/test_vit", image_size=32)
+    encoder = build_vision("timm/vit_tiny_patch16_224", image_size=32)  # (test_vit would take any size unasked)
     assert encoder.input_size == 32 and encoder.patch_size == 16
     assert encoder.net.pos_embed.shape[1] == 2 * 2 + encoder.net.num_prefix_tokens
     assert encoder(torch.randn(2, 3, 16, 16)).shape == encoder(torch.randn(2, 3, 96, 96)).shape

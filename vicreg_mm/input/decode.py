@@ -36,7 +36,7 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     if header is not None:
         height, width, channels, bits = header
         _check_size(height, width, max_pixels)
-        # OpenCV fills up a truncated file without a word, so only files that end with the end marker come here.
+        # OpenCV 4 fills up a truncated file without a word (5 refuses it), so only files that end with the end marker come here.
         if bits == 8 and channels in (1, 3) and bytes(data[-2:]) == b"\xff\xd9":
             image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
             if image is not None:
