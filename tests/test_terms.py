@@ -162,8 +162,9 @@ def precision_of(api):
             torch.backends.fp32_precision = "tf32"
         yield
     finally:
-        torch.backends.fp32_precision = "none"
         torch.set_float32_matmul_precision("highest")
+        for switch in (torch.backends, torch.backends.mkldnn.matmul, torch.backends.cuda.matmul):
+            switch.fp32_precision = "none"
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
@@ -185,6 +186,7 @@ def test_reduced_precision_is_off_inside_and_restored_outside_without_a_warning(
 
 def test_the_user_can_change_the_global_switch_after_a_loss():
     with precision_of("global"):
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
         covariance(torch.randn(4, 8))
         torch.backends.fp32_precision = "ieee"
         assert torch.backends.cuda.matmul.fp32_precision == "ieee"
