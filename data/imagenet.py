@@ -112,7 +112,9 @@ def _only(tar: tarfile.TarFile, name: str, place: Path) -> bytes:
     member = next((m for m in tar.getmembers() if Path(m.name).name == name and m.isfile()), None)
     if member is None:
         raise ValueError(f"{place} holds no {name}; is it {DEVKIT}.tar.gz?")
-    return tar.extractfile(member).read()
+    stream = tar.extractfile(member)
+    assert stream is not None  # it is a file
+    return stream.read()
 
 
 def main(arguments: list[str] | None = None) -> int:

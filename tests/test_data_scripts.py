@@ -1,7 +1,10 @@
 import importlib.util
 import io
 import json
+import subprocess
+import sys
 import tarfile
+import time
 from pathlib import Path
 
 import cv2
@@ -66,6 +69,25 @@ def tar_of(members):
     return stream.getvalue()
 
 
+def alive():
+    """Parent by process id, of all that run."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, parent = stat.read_text().rpartition(")")[2].split()[:2]
+        except OSError:
+            continue
+        if state != "Z":
+            parents[int(stat.parent.name)] = int(parent)
+    return parents
+
+
+def descendants(process):
+    parents = alive()
+    children = {child for child, parent in parents.items() if parent == process}
+    return children.union(*map(descendants, children))
+
+
 # any image folder
 
 
@@ -107,7 +129,7 @@ def test_an_interrupted_run_continues_and_ends_as_an_uninterrupted_one(tmp_path,
 
     def stop_at_the_third(root, items, folder, n):
         if len(written) == 2:
-            writing.write_tar(folder / writing.PARTIAL / "shard-000002.tar", [])  # half of it was there
+            writing.write_tar(folder / writing.PARTIAL / "shard-000002-77.tar", [])  # half of it was there
             raise KeyboardInterrupt
         written.append(n)
         return write_shard(root, items, folder, n)
@@ -130,7 +152,7 @@ def test_a_full_disk_leaves_what_the_same_command_continues(tmp_path, monkeypatc
     write_tar = writing.write_tar
 
     def full(path, samples):
-        if path.name == "shard-000001.tar":
+        if path.name.startswith("shard-000001"):
             raise OSError(28, "No space left on device")
         return write_tar(path, samples)
 
@@ -267,6 +289,27 @@ def test_a_set_without_one_good_image_leaves_nothing(tmp_path, capsys):
     assert run(image_folder, tmp_path / "in", tmp_path / "out", "--jobs", 1) == 2
     assert "none of the 1 images" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_the_workers_of_a_killed_run_end_with_it(tmp_path):
+    (tmp_path / "in").mkdir()
+    for n in range(400):
+        (tmp_path / "in" / f"{n}.jpg").write_bytes(picture(n))
+    command = [sys.executable, str(DATA / "image_folder.py"), str(tmp_path / "in"), str(tmp_path / "out")]
+    process = subprocess.Popen([*command, "--samples_per_shard", "1", "--jobs", "2"], stderr=subprocess.DEVNULL)
+    while not list((tmp_path / "out").glob("*.tar")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    server_and_workers = descendants(process.pid)
+    assert len(server_and_workers) >= 3
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 20
+    while server_and_workers & alive().keys():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert run(image_folder, tmp_path / "in", tmp_path / "out", "--samples_per_shard", 1, "--jobs", 1) == 0
+    assert len(contents(tmp_path / "out")) == 400
 
 
 # ImageNet

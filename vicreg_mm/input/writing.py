@@ -11,7 +11,9 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
@@ -154,7 +156,7 @@ def _run_jobs(job: Any, numbers: list[int], jobs: int) -> Iterator[tuple[int, di
     # not fork: torch and OpenCV may hold threads here; the server imports this module once for all workers
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    with ProcessPoolExecutor(min(jobs, len(numbers)), mp_context=context) as pool:
+    with ProcessPoolExecutor(min(jobs, len(numbers)), mp_context=context, initializer=_start_worker) as pool:
         futures = {pool.submit(_write_shard, *job(n)): n for n in numbers}
         try:
             for future in as_completed(futures):
@@ -164,6 +166,19 @@ def _run_jobs(job: Any, numbers: list[int], jobs: int) -> Iterator[tuple[int, di
             raise
 
 
+def _start_worker() -> None:
+    """Leave an interrupt to the parent, and end with it: else the workers of a killed run write on beside those of the next."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def _report(folder: Path, n: int) -> Path:
     return folder / PARTIAL / f"shard-{n:06d}.json"
 
@@ -171,10 +186,10 @@ def _report(folder: Path, n: int) -> Path:
 def _write_shard(root: Path, items: list[tuple[int, Item]], folder: Path, n: int) -> dict[str, Any]:
     """Write shard `n` under a temporary name, rename it, then write the report that marks it as finished."""
     bad: list[tuple[str, str]] = []
-    name = f"shard-{n:06d}.tar"
-    samples = write_tar(folder / PARTIAL / name, _checked(root, items, bad))
+    partial = folder / PARTIAL / f"shard-{n:06d}-{os.getpid()}.tar"
+    samples = write_tar(partial, _checked(root, items, bad))
     if samples:
-        os.replace(folder / PARTIAL / name, folder / name)
+        os.replace(partial, folder / f"shard-{n:06d}.tar")
     report = {"samples": samples, "bad": bad}
     _write_json(_report(folder, n), report)
     return report
