@@ -16,7 +16,6 @@ over this rank's rows, as for any layer: the data-parallel wrapper averages them
 `objectives` gives it) or one that is the mean over this rank's rows therefore gives what one process on the joined batch would.
 """
 
-import functools
 import sys
 from typing import Any
 
@@ -109,7 +108,7 @@ class SynchronisedBatchNorm(_BatchNorm):
             return super().forward(input)
         self._check_input_dim(input)
         y, mean, variance, count = _Normalise.apply(input, self.weight, self.bias, self.eps)
-        if self.track_running_stats and self.running_mean is not None:
+        if self.track_running_stats:
             self._track(mean, variance * (count / (count - 1)))
         for name in ("drop", "act"):  # timm's BatchNormAct2d
             if hasattr(self, name):
@@ -118,13 +117,13 @@ class SynchronisedBatchNorm(_BatchNorm):
 
     @torch.no_grad()
     def _track(self, mean: Tensor, variance: Tensor) -> None:
+        assert self.num_batches_tracked is not None and self.running_mean is not None and self.running_var is not None
         self.num_batches_tracked.add_(1)
         share = 1.0 / self.num_batches_tracked.double() if self.momentum is None else self.momentum
         for running, value in ((self.running_mean, mean), (self.running_var, variance)):
             running.copy_(running + share * (value - running))
 
 
-@functools.cache
 def _synchronised(cls: type[_BatchNorm]) -> type[_BatchNorm]:
     """The class that a BatchNorm of class `cls` becomes; raises ValueError for one with a forward of its own that isn't known here."""
     layers = sys.modules.get("timm.layers")  # a module of a class of timm's exists only where timm was imported
@@ -145,10 +144,10 @@ def convert_sync_batchnorm(module: nn.Module, device: torch.device | str) -> nn.
     Raises ValueError for a class of BatchNorm with a forward of its own, other than timm's BatchNormAct2d.
     """
     norms = [m for m in module.modules() if isinstance(m, _BatchNorm)]
-    classes = [_synchronised(type(norm)) for norm in norms]
+    classes = {cls: _synchronised(cls) for cls in {type(norm) for norm in norms}}
     if torch.device(device).type != "cuda":
-        for norm, cls in zip(norms, classes, strict=True):
-            norm.__class__ = cls
+        for norm in norms:
+            norm.__class__ = classes[type(norm)]
         return module
     if "timm.layers" in sys.modules:
         return sys.modules["timm.layers"].convert_sync_batchnorm(module)
@@ -174,7 +173,7 @@ def _put_statistics_aside(norm: nn.Module, args: tuple[Any, ...]) -> None:
     # not -1 while autograd executes a backward pass on this thread, which is when a checkpointed part is computed again.
     # Copies rather than no statistics: checkpointing requires that both runs save the same number of tensors.
     if torch._C._current_graph_task_id() != -1:
-        norm._statistics_aside = dict(norm._buffers)
+        norm.__dict__["_statistics_aside"] = dict(norm._buffers)
         for name, buffer in norm._buffers.items():
             norm._buffers[name] = None if buffer is None else buffer.clone()
 

@@ -143,8 +143,9 @@ class GraphObjective(nn.Module):
 
     def after_step(self, progress: float) -> None:
         """Hand the share of training done, 0 to 1, to a weighting that changes with it."""
-        if hasattr(self.weighting, "after_step"):
-            self.weighting.after_step(progress)
+        after_step = getattr(self.weighting, "after_step", None)
+        if after_step is not None:
+            after_step(progress)
 
     def _part_terms(self, part: ViewGraph, embeddings: Mapping[str, Tensor], row_weights: Mapping[str, Tensor]) -> Terms:
         return global_terms(

@@ -15,7 +15,7 @@ def full_precision(device: torch.device) -> Iterator[None]:
     kernels look at nothing else (checked in torch 2.15: libtorch_cuda refers to Context::float32Precision only), so that
     what is written back is what either set of switches had put there.
     """
-    switches = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    switches = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
     before = [switch.fp32_precision for switch in switches]
     reduced = [(switch, value) for switch, value in zip(switches, before, strict=True) if value not in ("ieee", "none")]
     for switch, _ in reduced:
