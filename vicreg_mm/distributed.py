@@ -56,7 +56,7 @@ def start(timeout_minutes: float = 30.0) -> torch.device:
         # the launcher leaves it to us; ranks that each take all cores slow one another down
         local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
         if "OMP_NUM_THREADS" not in os.environ and local > 1:
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
     if not active():
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(minutes=timeout_minutes))

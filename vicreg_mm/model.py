@@ -38,6 +38,9 @@ class PretrainModel(nn.Module):
     statistics a joint batch would change. The expander always sees one view at a time.
     """
 
+    encoder: VisionEncoder
+    objective: Any  # a registered objective: nn.Module with `needs`
+
     def __init__(self, encoder: VisionEncoder, expander: Expander, objective: nn.Module, joint: bool | None = None):
         super().__init__()
         self.encoder = encoder
@@ -48,7 +51,7 @@ class PretrainModel(nn.Module):
 
     def check_views(self, offered: tuple[str, ...]) -> None:
         """Raise ValueError unless the loader offers every view that the objective needs."""
-        needed = tuple(self.objective.needs.views)  # type: ignore[union-attr]
+        needed = self.objective.needs.views
         missing = [name for name in needed if name not in offered]
         if missing:
             raise ValueError(
@@ -58,7 +61,7 @@ class PretrainModel(nn.Module):
 
     def encode(self, views: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Features [N, F] of every view that the objective needs; views: uint8 [N, 3, H, W]."""
-        names = [name for name in self.objective.needs.views if name in views]  # type: ignore[union-attr]
+        names = [name for name in self.objective.needs.views if name in views]
         if not self.joint:
             return {name: self.encoder(self.normalize(views[name])) for name in names}
         features: dict[str, Tensor] = {}

@@ -1,7 +1,6 @@
 """`main(config)`, what every pretraining recipe calls: assemble the parts of a run, train, export the encoder, print the table."""
 
 import dataclasses
-import hashlib
 import json
 import sys
 import time
@@ -129,9 +128,6 @@ def open_data(config: RunConfig) -> Data:
 
     policy = build_policy(config.input.views, config.input.image_size)
     rank, world = distributed.rank(), distributed.world_size()
-    if config.batch % world:
-        raise ConfigError(f"batch {config.batch} cannot be cut into equal parts for {world} ranks; use a multiple of {world}")
-    cache = {"cache_dir": Path(config.input.cache) if config.input.cache else None, "cache_bytes": int(config.input.cache_gib * 2**30)}
     if config.input.mode == "resampled":
         steps = config.input.steps_per_epoch
         stream = ResampledLoader(
@@ -143,14 +139,11 @@ def open_data(config: RunConfig) -> Data:
     index = ShardIndex.open(shard_folder(config.input.shards))
     slots = default_slots(config.batch, config.input.slots)
     plan = Plan(tuple(index.counts), config.batch, config.seed, slots)
-    loader = PretrainLoader(index, policy, plan, rank=rank, world_size=world, workers=config.input.workers, **cache)
-    counts = json.dumps([int(count) for count in index.counts]).encode()
-    fingerprint = {
-        "num_samples": plan.num_samples,
-        "num_shards": len(index.counts),
-        "counts_sha256": hashlib.sha256(counts).hexdigest()[:16],
-        "slots": slots,
-    }
+    loader = PretrainLoader(
+        index, policy, plan, rank=rank, world_size=world, workers=config.input.workers,
+        cache_dir=config.input.cache or None, cache_bytes=int(config.input.cache_gib * 2**30),
+    )  # fmt: skip
+    fingerprint = {"num_samples": plan.num_samples, "num_shards": len(index.counts), "edition": index.edition, "slots": slots}
     return Data(policy.view_names, plan.num_samples, plan.steps_per_epoch, fingerprint,
                 lambda step: loader.batches(Position(*divmod(step, plan.steps_per_epoch)), epochs=10**9))  # fmt: skip
 
