@@ -5,7 +5,8 @@ The libraries are imported when one of their encoders is asked for.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from vicreg_mm.registry import unknown_name
 
 SHORT_NAMES = {"resnet18": "torchvision/resnet18", "resnet50": "torchvision/resnet50", "vit": "timm/vit_base_patch16_224"}
-_IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _STAGES = ("layer1", "layer2", "layer3", "layer4")  # of a ResNet, in torchvision and in timm
 
 
@@ -55,7 +56,7 @@ class VisionEncoder(nn.Module):
                 "offered for ResNets and for networks without BatchNorm"
             )
         try:
-            self.net.set_grad_checkpointing(enable)
+            self.net.set_grad_checkpointing(enable)  # type: ignore[operator]
         except (AttributeError, AssertionError):
             raise ValueError(f"encoder '{self.name}' offers no activation checkpointing") from None
 
@@ -68,8 +69,12 @@ class RecomputedBlocks(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self:
-            x = checkpoint(block, x, use_reentrant=False, context_fn=lambda block=block: (nullcontext(), _frozen_statistics(block)))
+            x = checkpoint(block, x, use_reentrant=False, context_fn=partial(_first_and_second_pass, block))
         return x
+
+
+def _first_and_second_pass(block: nn.Module) -> tuple[AbstractContextManager, AbstractContextManager]:
+    return nullcontext(), _frozen_statistics(block)
 
 
 @contextmanager
@@ -78,14 +83,14 @@ def _frozen_statistics(block: nn.Module) -> Iterator[None]:
 
     (With `track_running_stats` off, BatchNorm would save fewer tensors than in the first pass, which checkpointing refuses.)
     """
-    layers = [module for module in block.modules() if isinstance(module, _BatchNorm) and module.num_batches_tracked is not None]
-    kept = [(layer.momentum, layer.num_batches_tracked) for layer in layers]
-    for layer in layers:
-        layer.momentum, layer.num_batches_tracked = 0.0, layer.num_batches_tracked.clone()
+    layers = [module for module in block.modules() if isinstance(module, _BatchNorm)]
+    kept = [(layer, layer.momentum, layer.num_batches_tracked) for layer in layers]
+    for layer, _, count in kept:
+        layer.momentum, layer.num_batches_tracked = 0.0, None if count is None else count.clone()
     try:
         yield
     finally:
-        for layer, (momentum, count) in zip(layers, kept, strict=True):
+        for layer, momentum, count in kept:
             layer.momentum, layer.num_batches_tracked = momentum, count
 
 
@@ -168,13 +173,13 @@ def _build_torchvision(name: str, architecture: str, given: dict[str, Any]) -> V
     net.fc = nn.Identity()
     if given["stem"] == "cifar":
         _shrink_stem(net)
-    return VisionEncoder(net, name, num_features, given["image_size"] or 224, **_IMAGENET)
+    return VisionEncoder(net, name, num_features, given["image_size"] or 224, mean=_IMAGENET_MEAN, std=_IMAGENET_STD)
 
 
 def _build_timm(name: str, architecture: str, given: dict[str, Any]) -> VisionEncoder:
     import timm
 
-    library_config = timm.get_pretrained_cfg(architecture)
+    library_config: Any = timm.get_pretrained_cfg(architecture)
     # The families of ViT that interpolate their position embeddings, so that local views may be smaller.
     is_vit = timm.models.model_entrypoint(architecture).__module__.rpartition(".")[2] in ("vision_transformer", "deit", "eva")
     options: dict[str, Any] = {"drop_path_rate": given["drop_path"]}
@@ -187,7 +192,7 @@ def _build_timm(name: str, architecture: str, given: dict[str, Any]) -> VisionEn
     if given["zero_init_residual"] is not None:
         options["zero_init_last"] = given["zero_init_residual"]
     try:
-        net = timm.create_model(architecture, pretrained=False, num_classes=0, **options)
+        net: Any = timm.create_model(architecture, pretrained=False, num_classes=0, **options)
     except TypeError as error:
         if "drop_path_rate" in str(error):
             _refuse(name, given, "drop_path")
@@ -222,7 +227,7 @@ def _build_open_clip(name: str, architecture: str, given: dict[str, Any]) -> Vis
     vision["image_size"] = given["image_size"] or vision.get("image_size", 224)
     if given["pooling"]:
         vision["pool_type"] = {"token": "tok", "avg": "avg"}[given["pooling"]]
-    net = _build_vision_tower(config["embed_dim"], vision, quick_gelu=config.get("quick_gelu", False))
+    net: Any = _build_vision_tower(config["embed_dim"], vision, quick_gelu=config.get("quick_gelu", False))
     net.proj = None
     mean, std = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
     return VisionEncoder(net, name, net.ln_post.normalized_shape[0], net.image_size[0], net.patch_size[0], mean=mean, std=std)
@@ -237,7 +242,7 @@ def _shrink_stem(net: Any) -> None:
     A stem of three 3 x 3 convolutions keeps them and loses its stride.
     """
     if isinstance(net.conv1, nn.Sequential):
-        net.conv1[0].stride = (1, 1)
+        net.conv1[0].stride = (1, 1)  # type: ignore[assignment]
     else:
         width = net.conv1.out_channels
         net.conv1 = nn.Conv2d(3, width, kernel_size=3, stride=1, padding=1, bias=False)

@@ -147,7 +147,8 @@ def _draw(key: tuple[int, ...], view: int) -> list[float]:
         words, counter = np.array((seed, epoch), np.uint64), np.array((0, view, shard, row), np.uint64)
     except (ValueError, OverflowError):
         raise ValueError(f"key of a sample {key}; expected (seed, epoch, shard, row), integers from 0 to 2**64 - 1") from None
-    return np.random.Generator(np.random.Philox(_PhiloxKey(words), counter=counter)).random(_DRAWS).tolist()
+    bits = np.random.Philox(_PhiloxKey(words), counter=counter)  # type: ignore[arg-type] # numpy's stubs know SeedSequence alone
+    return np.random.Generator(bits).random(_DRAWS).tolist()
 
 
 def _planes(view: np.ndarray) -> np.ndarray:
@@ -192,7 +193,7 @@ class ViewPolicy:
         """The views of `image` [H, W, 3], uint8 [3, size, size] each, by name; key: (seed, epoch, shard, row)."""
         _check_image(image)
         views = {}
-        sampled = self.sample(*image.shape[:2], key)
+        sampled = self.sample(image.shape[0], image.shape[1], key)
         for spec in self.views:
             geometry, photometry = sampled[spec.name]
             views[spec.name] = _planes(apply_photometry(apply_geometry(image, geometry, spec.size), photometry))
