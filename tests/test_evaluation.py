@@ -60,6 +60,13 @@ def test_frozen_normalises_and_leaves_every_mode_as_it_was():
     assert not features.requires_grad
 
 
+def test_raw_pixels_are_pixels_up_to_32_and_averages_beyond():
+    images, _ = tiny_images(5)
+    assert torch.equal(raw_pixels(images), images.flatten(1) / 255)
+    large = images.repeat_interleave(32, dim=2).repeat_interleave(48, dim=3)
+    assert torch.allclose(raw_pixels(large).view(5, 3, 32, 32)[..., ::8, ::8], images / 255, atol=1e-6)
+
+
 def test_an_empty_set_a_missing_label_and_nan_features_are_errors():
     images, labels = tiny_images(6)
     with pytest.raises(ValueError, match="no batches"):
@@ -228,8 +235,13 @@ def test_k_is_cut_to_a_small_train_set():
 
 
 def test_the_same_images_for_train_and_test_are_refused():
-    with pytest.raises(ValueError, match="train and test loader give the same images"):
-        compare_encoders({}, batches(*tiny_images(12)), batches(*tiny_images(12), size=5))
+    train, others = tiny_images(12), tiny_images(8, seed=1)
+    with pytest.raises(ValueError, match="12 of 12 test images are in the train set too"):
+        compare_encoders({}, batches(*train), batches(*train, size=5))
+    with pytest.raises(ValueError, match="9 of 17 test images"):
+        compare_encoders({}, batches(*train), batches(*(torch.cat([a[:9], b]) for a, b in zip(train, others, strict=True))))
+    mixed = batches(*(torch.cat([a[:3], b]) for a, b in zip(train, others, strict=True)))
+    assert compare_encoders({}, batches(*train), mixed)[0]["num_test"] == 11
 
 
 def test_an_error_while_measuring_is_raised_not_swallowed():

@@ -6,11 +6,14 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from vicreg_mm import distributed
 from vicreg_mm.encoders import VisionEncoder
 from vicreg_mm.input.loader import Batch
 from vicreg_mm.model import Normalize
+
+RAW_SIDE = 32
 
 log = logging.getLogger(__name__)
 Encode = Callable[[Tensor], Tensor]  # uint8 images [n, 3, H, W] -> features [n, F]
@@ -64,8 +67,14 @@ def frozen(encoder: VisionEncoder) -> Encode:
 
 
 def raw_pixels(images: Tensor) -> Tensor:
-    """The `encode` of the first row of every table: pixel values in [0, 1] as they are, [n, 3, H, W] -> [n, 3 H W]."""
-    return images.flatten(1).float() / 255
+    """The `encode` of the first row of every table: pixel values in [0, 1], [n, 3, H, W] -> [n, 3 H W].
+
+    Images larger than 32 x 32 are averaged down to that: at 224 x 224 they would be 150,528 features each, 30 GB for 50,000 images.
+    """
+    pixels = images.float() / 255
+    if max(images.shape[-2:]) > RAW_SIDE:
+        pixels = F.adaptive_avg_pool2d(pixels, RAW_SIDE)
+    return pixels.flatten(1)
 
 
 @contextmanager

@@ -22,14 +22,14 @@ def compare_encoders(
 
     encoders: name -> `encode` as for `extract_features`. The loaders give this rank's part of the two sets, in order and without
     augmentation. k is cut to the size of the train set. Rank 0 computes, the others wait.
-    Raises ValueError, on every rank, if both loaders give the same images.
+    Raises ValueError, on every rank, if half of the test images or more are in the train set.
     """
     rows = []
     for name, encode in {"raw pixels": raw_pixels, **encoders}.items():
         train = extract_features(encode, train_loader, device)
         test = extract_features(encode, test_loader, device)
-        if encode is raw_pixels and torch.equal(train[0], test[0]):
-            raise ValueError("train and test loader give the same images: an accuracy on them would mean nothing; name a held-out set")
+        if encode is raw_pixels:
+            _refuse_overlap(train[0], test[0])
         rows.append(_on_main(name, *train, *test, k))
     return rows
 
@@ -79,6 +79,14 @@ def evaluation_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
     return "   ".join([cells[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True))])
+
+
+def _refuse_overlap(train_pixels: Tensor, test_pixels: Tensor) -> None:
+    """By the images, since one set may lie in two folders, or be a part of the other. A few repeats are common (CIFAR-10 has some)."""
+    known = {hash(row.tobytes()) for row in train_pixels.numpy()}
+    repeated = sum(hash(row.tobytes()) in known for row in test_pixels.numpy())
+    if 2 * repeated >= len(test_pixels):
+        raise ValueError(f"{repeated} of {len(test_pixels)} test images are in the train set too: name a held-out set")
 
 
 def _on_main(*measured: Any) -> dict[str, Any]:
