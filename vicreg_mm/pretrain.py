@@ -61,10 +61,10 @@ def pretrain(config: RunConfig, device: torch.device) -> Path:
     model = build_model(config)
     model.check_views(data.view_names)
     num_features = model.encoder.num_features
-    if config.engine.activation_checkpointing:
-        model.encoder.set_activation_checkpointing(True)
     if distributed.world_size() > 1:
         model = convert_sync_batchnorm(model, device)
+    if config.engine.activation_checkpointing:
+        model.encoder.set_activation_checkpointing(True)
     deepspeed_settings(config, distributed.world_size(), device)  # a wrong setting must not leave a run directory behind
     run, resumed = checkpoint.open_run(config)
     if resumed is not None:

@@ -4,15 +4,12 @@ The networks are the libraries' own, without their classifier and with their own
 The libraries are imported when one of their encoders is asked for.
 """
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from vicreg_mm.batchnorm import update_statistics_once
 from vicreg_mm.registry import unknown_name
 
 SHORT_NAMES = {"resnet18": "torchvision/resnet18", "resnet50": "torchvision/resnet50", "vit": "timm/vit_base_patch16_224"}
@@ -43,55 +40,29 @@ class VisionEncoder(nn.Module):
     def set_activation_checkpointing(self, enable: bool = True) -> None:
         """Recompute activations in the backward pass instead of keeping them; keys and BatchNorm statistics are as without it.
 
-        Raises ValueError for a network that does not offer it, or whose BatchNorm layers would count every batch twice.
+        To be called after `batchnorm.convert_sync_batchnorm`. Raises ValueError for a network that does not offer it.
         """
-        if all(isinstance(getattr(self.net, stage, None), nn.Sequential) for stage in _STAGES):
-            blocks = RecomputedBlocks if enable else nn.Sequential
+        if hasattr(self.net, "set_grad_checkpointing"):
+            try:
+                self.net.set_grad_checkpointing(enable)  # type: ignore[operator]
+            except AssertionError:
+                raise ValueError(f"encoder '{self.name}' offers no activation checkpointing") from None
+        elif all(isinstance(getattr(self.net, stage, None), nn.Sequential) for stage in _STAGES):
             for stage in _STAGES:
-                setattr(self.net, stage, blocks(*getattr(self.net, stage)))
-            return
-        if any(isinstance(module, _BatchNorm) for module in self.net.modules()):
-            raise ValueError(
-                f"activation checkpointing of encoder '{self.name}': its BatchNorm layers would count every batch twice; "
-                "offered for ResNets and for networks without BatchNorm"
-            )
-        try:
-            self.net.set_grad_checkpointing(enable)  # type: ignore[operator]
-        except (AttributeError, AssertionError):
-            raise ValueError(f"encoder '{self.name}' offers no activation checkpointing") from None
+                setattr(self.net, stage, (RecomputedBlocks if enable else nn.Sequential)(*getattr(self.net, stage)))
+        else:
+            raise ValueError(f"encoder '{self.name}' offers no activation checkpointing")
+        if enable:
+            update_statistics_once(self.net)
 
 
 class RecomputedBlocks(nn.Sequential):
-    """nn.Sequential that keeps only each block's input and computes the block again in the backward pass.
-
-    BatchNorm updates its running statistics in the first pass alone (the libraries' own checkpointing does so in both).
-    """
+    """nn.Sequential that keeps only each block's input and computes the block again in the backward pass: torchvision's ResNets."""
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self:
-            x = checkpoint(block, x, use_reentrant=False, context_fn=partial(_first_and_second_pass, block))
+            x = checkpoint(block, x, use_reentrant=False)
         return x
-
-
-def _first_and_second_pass(block: nn.Module) -> tuple[AbstractContextManager, AbstractContextManager]:
-    return nullcontext(), _frozen_statistics(block)
-
-
-@contextmanager
-def _frozen_statistics(block: nn.Module) -> Iterator[None]:
-    """BatchNorm's running averages take no part of what comes now, and a stand-in counts it.
-
-    (With `track_running_stats` off, BatchNorm would save fewer tensors than in the first pass, which checkpointing refuses.)
-    """
-    layers = [module for module in block.modules() if isinstance(module, _BatchNorm)]
-    kept = [(layer, layer.momentum, layer.num_batches_tracked) for layer in layers]
-    for layer, _, count in kept:
-        layer.momentum, layer.num_batches_tracked = 0.0, None if count is None else count.clone()
-    try:
-        yield
-    finally:
-        for layer, momentum, count in kept:
-            layer.momentum, layer.num_batches_tracked = momentum, count
 
 
 def build_vision(
