@@ -30,14 +30,20 @@ def compare_encoders(
         test = extract_features(encode, test_loader, device)
         if encode is raw_pixels:
             _refuse_overlap(train[0], test[0])
-        rows.append(_on_main(name, *train, *test, k))
+        rows.append(_on_main(name, *train, *test, k, device))
     return rows
 
 
 def measure(
-    name: str, train_features: Tensor, train_labels: Tensor, test_features: Tensor, test_labels: Tensor, k: int = K
+    name: str,
+    train_features: Tensor,
+    train_labels: Tensor,
+    test_features: Tensor,
+    test_labels: Tensor,
+    k: int = K,
+    device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
-    """The three measurements of one encoder as a row of the table; accuracies in [0, 1]."""
+    """The three measurements of one encoder as a row of the table; accuracies in [0, 1]. `device` searches the neighbours."""
     sets = train_features, train_labels, test_features, test_labels
     mean, std = few_labels(*sets, per_class=1, draws=DRAWS)
     return {
@@ -46,7 +52,7 @@ def measure(
         "num_train": len(train_features),
         "num_test": len(test_features),
         "k": min(k, len(train_features)),
-        "knn": knn_accuracy(*sets, k=min(k, len(train_features))),
+        "knn": knn_accuracy(*(part.to(device) for part in sets), k=min(k, len(train_features))),
         "linear": linear_probe(*sets),
         "one_label": mean,
         "one_label_std": std,
@@ -82,7 +88,7 @@ def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
 
 
 def _refuse_overlap(train_pixels: Tensor, test_pixels: Tensor) -> None:
-    """By the images, since one set may lie in two folders, or be a part of the other. A few repeats are common (CIFAR-10 has some)."""
+    """By the images, since one set may lie in two folders, or be a part of the other. A few repeats are no mistake of the caller's."""
     known = {hash(row.tobytes()) for row in train_pixels.numpy()}
     repeated = sum(hash(row.tobytes()) in known for row in test_pixels.numpy())
     if 2 * repeated >= len(test_pixels):
