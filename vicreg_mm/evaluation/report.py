@@ -46,13 +46,17 @@ def measure(
     """The three measurements of one encoder as a row of the table; accuracies in [0, 1]. `device` searches the neighbours."""
     sets = train_features, train_labels, test_features, test_labels
     mean, std = few_labels(*sets, per_class=1, draws=DRAWS)
+    neighbours = min(k, len(train_features))
+    accuracy = knn_accuracy(
+        train_features.to(device), train_labels.to(device), test_features.to(device), test_labels.to(device), k=neighbours
+    )
     return {
         "encoder": name,
         "num_features": train_features.shape[1],
         "num_train": len(train_features),
         "num_test": len(test_features),
-        "k": min(k, len(train_features)),
-        "knn": knn_accuracy(*(part.to(device) for part in sets), k=min(k, len(train_features))),
+        "k": neighbours,
+        "knn": accuracy,
         "linear": linear_probe(*sets),
         "one_label": mean,
         "one_label_std": std,
