@@ -101,3 +101,38 @@ def test_a_run_goes_on_with_another_number_of_ranks_and_another_zero_stage(digit
         shutil.rmtree(tmp_path / name / "checkpoints" / "step-00000004")
         run_ranks(train_all, 1, [resume(config(name, engine__zero_stage=stage))])
         assert metrics(tmp_path / name) == pytest.approx(metrics(whole.run), rel=1e-4)
+
+
+def train_perturbed(config, perturbation):
+    """Train with every initial weight multiplied by 1 + perturbation * noise."""
+    from vicreg_mm import distributed, pretrain
+
+    build = pretrain.build_model
+
+    def build_perturbed(c):
+        model = build(c)
+        generator = torch.Generator().manual_seed(5)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(1 + perturbation * torch.randn(p.shape, generator=generator))
+        return model
+
+    pretrain.build_model = build_perturbed
+    pretrain.pretrain(config, distributed.start())
+
+
+@pytest.mark.long
+def test_ranks_part_from_one_process_later_than_a_perturbation_of_1e_7_does(digits, tmp_path):
+    """Such runs are chaotic: what counts is that splitting the batch disturbs one less than the last digit of its start."""
+    losses = {}
+    for name, world_size, perturbation in (("alone", 1, 0.0), ("perturbed", 1, 1e-7), ("2 ranks", 2, 0.0), ("4 ranks", 4, 0.0)):
+        config = tiny_config(digits["train"], tmp_path / name, steps=40, optim__lr=2e-3)
+        run_ranks(train_perturbed, world_size, config, perturbation, timeout_seconds=400)
+        losses[name] = torch.tensor(list(metrics(config.run).values()), dtype=torch.float64)
+
+    def furthest(name):
+        return (losses[name] / losses["alone"] - 1).abs().cummax(0).values
+
+    for name in ("2 ranks", "4 ranks"):
+        assert (furthest(name)[:3] < 1e-4).all()
+        assert (furthest(name) <= furthest("perturbed") + 1e-6).all()
