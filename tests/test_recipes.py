@@ -2,8 +2,10 @@
 
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -79,10 +81,13 @@ def test_every_smoke_profile_keeps_the_objective_the_optimizer_and_the_views(pat
     )  # fmt: skip
 
 
-def run(command, tmp_path, **environment):
-    env = {**os.environ, "VICREG_MM_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1", **environment}
-    env["PATH"] = str(Path(sys.executable).parent) + os.pathsep + env["PATH"]
-    return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+def environment(tmp_path):
+    path = str(Path(sys.executable).parent) + os.pathsep + os.environ["PATH"]
+    return {**os.environ, "VICREG_MM_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1", "PATH": path}
+
+
+def run(command, tmp_path):
+    return subprocess.run(command, cwd=tmp_path, env=environment(tmp_path), capture_output=True, text=True, timeout=300)
 
 
 SHORT = [
@@ -115,6 +120,38 @@ def test_two_processes_under_the_launcher_give_the_loss_of_one_without_it(tmp_pa
             assert row in output
     assert (tmp_path / "pair" / "encoder.safetensors").exists() and (tmp_path / "pair" / "evaluation.json").exists()
     assert "mpi4py" not in alone.stderr
+
+
+@pytest.mark.launcher
+def test_a_schedulers_warning_to_every_process_saves_and_the_run_goes_on_from_there(tmp_path):
+    """SIGTERM to the launcher, the ranks and their loader processes at once, as a scheduler sends it."""
+    long = [word if word != "2" else "4000" for word in SHORT]
+    options = [
+        *long,
+        "--run",
+        "stopped",
+        "--input.workers",
+        "1",
+        "--checkpoint.every_epochs",
+        "0",
+        "--evaluation.train",
+        "",
+        "--evaluation.test",
+        "",
+    ]
+    command = [sys.executable, str(ROOT / "recipes" / "digits.py"), *options]
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment(tmp_path), stderr=subprocess.PIPE, text=True, start_new_session=True)
+    log = tmp_path / "stopped" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and log.read_text().count("\n") >= 3):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGTERM)
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 128 + signal.SIGTERM, errors
+    saved = list((tmp_path / "stopped" / "checkpoints").iterdir())
+    assert len(saved) == 1 and "stopped by a signal after step" in errors
+    assert int(saved[0].name.removeprefix("step-")) == max(metrics(tmp_path / "stopped"))
 
 
 @pytest.mark.launcher

@@ -109,10 +109,11 @@ def _place(index: ShardIndex, row: int) -> str:
 
 
 def start_worker(worker: int) -> None:
-    """One core per worker; an interrupt is the main process's to handle."""
+    """One core per worker; a signal that a terminal or a scheduler sends to everyone is the main process's to handle."""
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def stream(dataset: Dataset, sampler: Iterable | None, workers: int, prefetch: int) -> Iterator[Batch]:
