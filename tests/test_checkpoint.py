@@ -150,8 +150,24 @@ def test_a_damaged_file_is_named(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"no tensors here")
     with pytest.raises(CheckpointError, match=r"cannot read .*model\.safetensors"):
         checkpoint.read_tensors(tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"is no readable checkpoint"):
+    with pytest.raises(CheckpointError, match=r"cannot read .*state\.json.*remove its folder to go on from the checkpoint before"):
         checkpoint.read_state(tmp_path)
+    (tmp_path / "state.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"cannot read .*state\.json: KeyError\('step'\)"):
+        checkpoint.read_state(tmp_path)
+    (tmp_path / "optimizer.safetensors").write_bytes(b"cut")
+    with pytest.raises(CheckpointError, match=r"cannot read .*optimizer\.safetensors"):
+        checkpoint.restore_optimizer(stepped(), tmp_path / "optimizer.safetensors")
+
+
+def test_weights_that_are_not_finite_are_not_saved_over_good_ones(tmp_path):
+    engine = stepped()
+    first = checkpoint.save(checkpoint.folder_of(tmp_path, 1), engine, {"step": 1})
+    with torch.no_grad():
+        engine.module[0].bias[1] = torch.nan
+    with pytest.raises(CheckpointError, match=r"did not save .*step-00000002: 0\.bias is not finite; .*untouched"):
+        checkpoint.save(checkpoint.folder_of(tmp_path, 2), engine, {"step": 2})
+    assert checkpoint.existing(tmp_path) == [first]
 
 
 @pytest.mark.parametrize("name", ["torchvision/resnet18", "timm/test_vit"])

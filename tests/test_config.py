@@ -35,10 +35,18 @@ def test_an_unknown_option_names_the_closest():
         parse(RECIPE, ["--encodr.name", "x"])
 
 
-def test_a_malformed_value_ends_the_program_with_its_name(capsys):
-    with pytest.raises(SystemExit):
-        parse(RECIPE, ["--batch", "many"])
-    assert "--batch" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--batch", "many"], "^Error parsing --batch: .*many"),
+        (["--engine.zero_stage", "5"], "^invalid choice '5' for argument '--engine.zero[_-]stage'. Expected one of .*3"),
+        (["--optim.betas", "0.9"], "--optim.betas"),
+    ],
+)
+def test_a_malformed_value_is_one_line_with_its_name(arguments, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        parse(RECIPE, arguments)
+    assert "\n" not in str(caught.value) and "│" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -55,6 +63,12 @@ def test_a_malformed_value_ends_the_program_with_its_name(capsys):
         (["--seed", "-1"], "seed is -1"),
         (["--input.max_bad_share", "2"], "max_bad_share is 2"),
         (["--optim.final_lr_ratio", "2"], "final_lr_ratio is 2"),
+        (["--optim.lr", "nan"], "optim.lr is nan"),
+        (["--optim.betas", "2", "3"], r"optim.betas is \(2.0, 3.0\)"),
+        (["--optim.momentum", "0.5"], "optim.momentum 0.5 has no effect: optim.name adamw has betas"),
+        (["--optim.name", "lars", "--optim.betas", "0.9", "0.95"], "has no effect: optim.name lars has none"),
+        (["--evaluation.limit", "5"], "evaluation.limit 5 has no effect: evaluation.train is empty"),
+        (["--input.mode", "resampled", "--input.steps_per_epoch", "3", "--input.slots", "8"], "input.slots 8 has no effect"),
     ],
 )
 def test_a_setting_that_cannot_be_is_refused_by_name(changes, message):
@@ -68,6 +82,7 @@ def test_a_recipe_without_shards_runs_its_smoke_profile_on_the_same_path():
     assert config.smoke and config.input.shards == configs.BUILTIN_DIGITS
     assert (config.input.views, config.optim.name, config.objective) == ("official", "lars", recipe.objective)
     assert not parse(recipe, ["--input.shards", "x"]).smoke
+    assert parse(recipe, ["--batch", "16", "--encoder.name", "some/thing"]).encoder.name == "some/thing"  # options act on the profile
     assert parse(recipe, ["--input.shards", "x", "--smoke"]).smoke
 
 

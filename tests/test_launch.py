@@ -44,7 +44,18 @@ def test_a_users_file_is_merged_over_ours(tmp_path):
 @pytest.mark.parametrize(
     ("user", "message"),
     [
-        ({"gradient_cliping": 1.0}, r"unknown DeepSpeed setting in .*ds\.json 'gradient_cliping'; known: .*gradient_clipping"),
+        ({"zero_optimisation": {}}, r"unknown DeepSpeed setting in .*ds\.json 'zero_optimisation'; known: .*zero_optimization"),
+        (
+            {"torch_autocast": {"enabled": True, "dtype": "float16"}},
+            "section 'torch_autocast' is set by this engine; use --engine.precision",
+        ),
+        ({"gradient_clipping": 0.1}, "section 'gradient_clipping' is set by this engine; use --optim.clip"),
+        ([], "holds no JSON object"),
+        ({"zero_optimization": 3}, "zero_optimization is 3; an object with a stage from 0 to 3"),
+        ({"zero_optimization": {"stage": "auto"}}, "a stage from 0 to 3 is needed"),
+        ({"zero_optimization": {"stage": 5}}, "a stage from 0 to 3 is needed"),
+        ({"zero_optimization": {"stage": 1, "bogus": 2}}, "zero_optimization: bogus .*not permitted"),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, "offload_optimizer needs DeepSpeed's own compiled"),
         ({"optimizer": {"type": "Adam"}}, "section 'optimizer' is set by this engine; use --optim"),
         ({"bf16": {"enabled": True}}, "section 'bf16' is set by this engine; use --engine.precision bf16"),
         ({"gradient_accumulation_steps": 4}, "gradient_accumulation_steps 4 would change the objective: variance and covariance"),

@@ -123,6 +123,15 @@ def test_batchnorm_sees_one_view_at_a_time():
     assert seen == [6, 6]
 
 
+@pytest.mark.parametrize("encoder", ["timm/test_vit", "timm/test_resnet"])
+def test_a_rank_without_a_good_record_still_encodes(encoder):
+    """Nothing, but with a gradient path, so that the collectives of the backward pass are joined."""
+    model = pretrain_model(encoder=encoder).eval()
+    features = model.encode(batch(0).views)
+    assert {tuple(f.shape) for f in features.values()} == {(0, model.encoder.num_features)}
+    sum(f.sum() for f in features.values()).backward()
+
+
 def test_missing_views_are_named_on_both_sides():
     with pytest.raises(
         ValueError, match=r"needs the views global_0, global_1, but the loader offers only global_0, local_0; missing: global_1"

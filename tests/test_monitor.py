@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from vicreg_mm.monitor import EpochMeans, RunLog, advice
+from vicreg_mm.monitor import BadRecords, EpochMeans, RunLog, advice
 
 HEALTHY = {
     "stats/collapsed_dims": 0.0, "stats/std_mean": 0.9, "stats/std_max": 1.3, "stats/rank": 200.0, "stats/covariance_floor": 3.0,
@@ -89,6 +89,32 @@ def test_a_line_cut_short_by_a_kill_does_not_stop_the_resume(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss/total": 1.0}\n{"step": 2, "lo')
     RunLog(tmp_path, start_step=2).close()
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss/total": 1.0}\n'
+
+
+def test_a_line_that_is_no_metrics_is_an_error_that_names_the_file(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("what is this}\n")
+    with pytest.raises(ValueError, match=r"metrics\.jsonl holds a line that is no metrics"):
+        RunLog(tmp_path, start_step=2)
+
+
+def test_bad_records_of_steps_that_are_done_again_are_dropped(tmp_path):
+    records = BadRecords(tmp_path)
+    for step in (1, 2, 3):
+        records.write(step, [f"record {step}", "another"])
+    BadRecords(tmp_path, start_step=2)
+    assert (tmp_path / "bad_records.txt").read_text() == "step 1: record 1\nstep 1: another\n"
+
+
+def test_epoch_means_go_on_where_they_were():
+    whole, first = EpochMeans(), EpochMeans()
+    for value in (0.1, 0.7):
+        whole.add({"loss/total": torch.tensor(value)})
+        first.add({"loss/total": torch.tensor(value)})
+    state = json.loads(json.dumps(first.state()))
+    second = EpochMeans(state["sums"], state["steps"])
+    for means in (whole, second):
+        means.add({"loss/total": torch.tensor(0.3)})
+    assert second.take() == whole.take()
 
 
 def test_epoch_means_are_means_and_start_over():

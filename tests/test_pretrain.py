@@ -8,13 +8,15 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tests.distributed.ranks import run_ranks
 from tests.tiny import metrics, tiny_config
 from vicreg_mm import checkpoint
+from vicreg_mm import config as configs
 from vicreg_mm.input.shards import write_index
 from vicreg_mm.input.writing import write_tar
+from vicreg_mm.pretrain import build_model, evaluate, open_evaluation
 
 
 def attempt(configs):
@@ -48,7 +50,16 @@ def damaged(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def outcomes(digits, damaged, tmp_path_factory):
+def hopeless(tmp_path_factory):
+    """64 records of which none is an image."""
+    folder = tmp_path_factory.mktemp("hopeless")
+    write_tar(folder / "a.tar", ({"__key__": f"{n:03d}", "png": b"nothing"} for n in range(64)))
+    write_index(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def outcomes(digits, damaged, hopeless, tmp_path_factory):
     """name -> (run directory, what happened), all in one process."""
     folder = tmp_path_factory.mktemp("runs")
     empty = tmp_path_factory.mktemp("empty")
@@ -72,6 +83,11 @@ def outcomes(digits, damaged, tmp_path_factory):
         "lars": config("lars", optim__name="lars", steps=2),
         "checkpointing": config("checkpointing", engine__activation_checkpointing=True, steps=2),
         "plain": config("plain", steps=2),
+        "all bad": config("all bad", hopeless, steps=2),
+        "warm-up": config("warm-up", optim__warmup_epochs=10),
+        "word": config("word", objective=dataclasses.replace(tiny_config("", "").objective, options={"mu": "much"})),
+        "local cache": config("local cache", input__cache=str(folder / "cache")),
+        "epochs": config("epochs", steps=90, batch=32, monitor__log_every=1, monitor__gauge_every=7, expander__widths=(8,)),
         "other data": config("other data", steps=2),
         "other data again": config("other data", damaged, steps=2, resume=True),
     }
@@ -83,7 +99,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_step_and_term
     run, message = outcomes["nan"]
     assert message.startswith("NonFiniteLoss: the loss is nan at step 1 (epoch 0, step 1 of it): total nan, invariance ")
     assert "variance" in message and "covariance" in message
-    assert f"last good checkpoint: {run}/checkpoints/step-00000001" in message
+    assert f"last checkpoint: {run}/checkpoints/step-00000001" in message
     assert checkpoint.existing(run)[-1].name == "step-00000001"
 
 
@@ -92,12 +108,35 @@ def test_a_bad_record_is_left_out_counted_and_listed(outcomes):
     assert result == str(run)
     assert list(metrics(run, "data/bad_records").values())[-1] == 6  # 4 steps of 32 are two epochs of 64
     listed = (run / "bad_records.txt").read_text().splitlines()
-    assert len(listed) == 6 and all("a.tar" in line and "row" in line for line in listed)
+    assert len(listed) == 6 and all(line.startswith("step ") and "a.tar" in line and "row" in line for line in listed)
 
 
 def test_too_many_bad_records_stop_the_run_with_their_share(outcomes):
     message = outcomes["many bad"][1]
     assert message.startswith("TooManyBadRecords: ") and "--input.max_bad_share is 2.0%" in message and "bad_records.txt" in message
+
+
+def test_a_batch_without_a_single_good_record_names_a_bad_one(outcomes):
+    run, message = outcomes["all bad"]
+    assert (
+        message.startswith("TooManyBadRecords: ")
+        and "32 of the 32 records of rank 0 at step 0 could not be used, the first: shard 'a.tar'" in message
+    )
+    assert len((run / "bad_records.txt").read_text().splitlines()) == 32
+
+
+def test_epoch_means_are_the_means_of_the_steps(outcomes):
+    run = outcomes["epochs"][0]
+    losses, means = metrics(run), metrics(run, "mean/loss/total")
+    assert list(means) == [46]  # 1,500 images in batches of 32
+    assert means[46] == pytest.approx(sum(losses[step] for step in range(1, 47)) / 46, rel=1e-6)
+
+
+def test_gauges_and_gradient_norms_belong_to_their_step(outcomes):
+    run = outcomes["epochs"][0]
+    assert list(metrics(run, "stats/rank")) == [*range(7, 90, 7), 90]
+    norms = list(metrics(run, "optim/grad_norm").values())
+    assert len(norms) == 90 and len(set(norms)) > 80
 
 
 @pytest.mark.parametrize(
@@ -111,6 +150,9 @@ def test_too_many_bad_records_stop_the_run_with_their_share(outcomes):
         ("builtin", "unknown built-in data 'builtin:cats'; known: builtin:digits"),
         ("option", "unknown option of objective 'vicreg' 'lamda'; known: convention, lambda_, mu"),
         ("fp16", "fp16 needs a GPU"),
+        ("warm-up", "the warm-up of 460 steps is not shorter than the run of 3; lower --optim.warmup_epochs"),
+        ("word", "objective vicreg with options {'mu': 'much'}"),
+        ("local cache", "has no effect: the shards are local files"),
     ],
 )
 def test_what_cannot_start_says_why_and_leaves_no_run_directory(outcomes, name, message):
@@ -154,3 +196,36 @@ def test_a_run_directory_holds_what_it_should(outcomes):
         assert key in line
     assert list(metrics(run, "stats/rank")) == [2]  # at the end; and every monitor.gauge_every steps
     assert list(run.glob("events.out.tfevents*"))
+
+
+def test_mistakes_in_the_evaluation_are_found_before_the_training(digits, tmp_path):
+    def config(train, test):
+        return tiny_config(
+            digits["train"], tmp_path / "run", evaluation=dataclasses.replace(tiny_config("", "").evaluation, train=train, test=test)
+        )
+
+    write_tar(tmp_path / "a.tar", [{"__key__": "0", "png": image(0)}])
+    write_index(tmp_path)
+    for train, test, message in (
+        (digits["train"], str(tmp_path / "absent"), "absent"),
+        (digits["train"], digits["train"], "are the same images: nothing is held out"),
+        (digits["train"], str(tmp_path), "have no labels"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            open_evaluation(config(train, test))
+    assert open_evaluation(tiny_config(digits["train"], tmp_path / "run")) is None
+
+
+def test_the_table_compares_the_start_with_the_end(digits, tmp_path):
+    """An encoder whose weights were all set to zero is at chance; the row of the random one must not be."""
+    evaluation = dataclasses.replace(tiny_config("", "").evaluation, train=digits["train"], test=digits["test"], limit=300)
+    config = tiny_config(digits["train"], tmp_path, evaluation=evaluation)
+    configs.save(config, tmp_path / "config.json")
+    torch.manual_seed(config.seed)
+    start = {name: value.clone() for name, value in build_model(config).encoder.net.state_dict().items()}
+    save_file({name: torch.zeros_like(value) for name, value in start.items()}, tmp_path / "encoder.safetensors")
+    evaluate(config, tmp_path, open_evaluation(config), torch.device("cpu"))
+    rows = {row["encoder"]: row for row in json.loads((tmp_path / "evaluation.json").read_text())}
+    assert list(rows) == ["raw pixels", "random encoder", "pretrained encoder"]
+    assert rows["pretrained encoder"]["knn"] < 0.2 < 0.4 < rows["random encoder"]["knn"]
+    assert (rows["raw pixels"]["num_train"], rows["raw pixels"]["num_test"]) == (300, 297)

@@ -26,6 +26,10 @@ from vicreg_mm import config as configs
 from vicreg_mm import distributed
 from vicreg_mm.encoders import VisionEncoder, build_vision
 
+STATE = ("step", "milestone", "data", "loss_scale", "journal")
+"""What state.json must hold; the configuration, the position and the number of ranks are there for the reader."""
+REMOVE = "; if it is damaged, remove its folder to go on from the checkpoint before it"
+
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be written or read: one line that names it and what would do."""
@@ -64,7 +68,7 @@ def optimizer_state(engine: Any) -> dict[str, Tensor]:
 def restore_optimizer(engine: Any, path: Path) -> None:
     """Give the engine's fresh optimizer the states that `optimizer_state` saved, each rank its own part."""
     names = {id(p): name for name, p in engine.module.named_parameters()}
-    with safe_open(path, framework="pt") as saved:
+    with _opened(path) as saved:
         keys: dict[str, list[str]] = {}
         for entry in saved.keys():
             name, _, key = entry.rpartition("/")
@@ -75,6 +79,13 @@ def restore_optimizer(engine: Any, path: Path) -> None:
             raise CheckpointError(f"{path}: the optimizer's parameters are not those of this model; differing: {', '.join(differing[:8])}")
         if keys:
             _fill_optimizer(engine, names, keys, lambda name, key: saved.get_tensor(f"{name}/{key}"))
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}{REMOVE}") from error
 
 
 def _base_optimizer(engine: Any) -> torch.optim.Optimizer:
@@ -165,6 +176,8 @@ def save(folder: Path, engine: Any, state: Mapping[str, Any]) -> Path:
     if distributed.is_main():
         try:
             _write_folder(folder, model, optimizer, state)
+        except CheckpointError as error:
+            problem = str(error)
         except (OSError, SafetensorError) as error:
             problem = f"could not save {folder}: {error}; the checkpoints before it are untouched"
     problem = distributed.broadcast_object(problem)
@@ -174,6 +187,9 @@ def save(folder: Path, engine: Any, state: Mapping[str, Any]) -> Path:
 
 
 def _write_folder(folder: Path, model: dict[str, Tensor], optimizer: dict[str, Tensor], state: Mapping[str, Any]) -> None:
+    for name, value in model.items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise CheckpointError(f"did not save {folder}: {name} is not finite; the checkpoints before it are untouched")
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -212,9 +228,10 @@ def prune(run: Path, keep: int) -> None:
 def read_state(folder: Path) -> dict[str, Any]:
     """state.json of a checkpoint."""
     try:
-        return json.loads((folder / "state.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{folder} is no readable checkpoint: {error}") from error
+        state = json.loads((folder / "state.json").read_text())
+        return {key: state[key] for key in STATE}
+    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise CheckpointError(f"cannot read {folder / 'state.json'}: {error!r}{REMOVE}") from error
 
 
 def load_model(module: nn.Module, folder: Path) -> None:
@@ -227,7 +244,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}") from error
+        raise CheckpointError(f"cannot read {path}: {error}{REMOVE}") from error
 
 
 def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:

@@ -3,10 +3,13 @@
 Imports no torch: a wrong option must be reported before anything slow is loaded.
 """
 
+import contextlib
 import dataclasses
 import difflib
+import io
+import itertools
 import json
-import os
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -222,24 +225,32 @@ def parse(recipe: RunConfig, arguments: list[str]) -> RunConfig:
     """The recipe's configuration with the command line's overrides, in the smoke profile where it asks for that or names no data.
 
     Options of the objective that the recipe does not set are taken as --objective.options.NAME VALUE; the launcher's
-    --local_rank is dropped. Raises ConfigError for an unknown option; a malformed value exits with the parser's message.
+    --local_rank is dropped. Raises ConfigError for an unknown option and for a malformed value.
     """
-    import tyro
-
-    config, unknown = tyro.cli(
-        RunConfig,
-        prog=f"deepspeed recipes/{recipe.name}.py",
-        default=recipe,
-        args=arguments,
-        return_unknown_args=True,
-        console_outputs=os.environ.get("RANK", "0") == "0",
-    )
-    options = _objective_options(unknown)
-    config = dataclasses.replace(config, objective=dataclasses.replace(config.objective, options={**config.objective.options, **options}))
+    config = _override(recipe, arguments)
     if config.smoke or not config.input.shards:
-        config = smoke_profile(config)
+        config = _override(smoke_profile(recipe), arguments)  # the options act on the profile
     check(config)
     return config
+
+
+def _override(recipe: RunConfig, arguments: list[str]) -> RunConfig:
+    import tyro
+
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            config, unknown = tyro.cli(
+                RunConfig, prog=f"deepspeed recipes/{recipe.name}.py", default=recipe, args=arguments, return_unknown_args=True
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise  # --help
+        box = [line.strip("│ ") for line in complaint.getvalue().splitlines()[1:]]
+        message = list(itertools.takewhile(lambda line: line.strip("─╰╯"), box))
+        raise ConfigError(" ".join(message).rstrip(".")) from None
+    options = {**config.objective.options, **_objective_options(unknown)}
+    return dataclasses.replace(config, objective=dataclasses.replace(config.objective, options=options))
 
 
 POSITIVE = (
@@ -256,10 +267,10 @@ def check(config: RunConfig) -> None:
     """Raise ConfigError for values that no run can have."""
     flat = to_flat(config)
     for name in POSITIVE:
-        if flat[name] <= 0:
+        if not 0 < flat[name] < math.inf:
             raise ConfigError(f"{name} is {flat[name]}; it must be positive")
     for name in NOT_NEGATIVE:
-        if flat[name] < 0:
+        if not 0 <= flat[name] < math.inf:
             raise ConfigError(f"{name} is {flat[name]}; it cannot be negative")
     if not 0 <= config.seed < 2**32:
         raise ConfigError(f"seed is {config.seed}; it must be from 0 to 2^32 - 1")
@@ -283,8 +294,26 @@ def check(config: RunConfig) -> None:
         raise ConfigError("input.mode resampled has no end of its own: give --input.steps_per_epoch")
     if config.input.mode == "planned" and config.input.steps_per_epoch:
         raise ConfigError("input.steps_per_epoch has no effect with input.mode planned: the data set's size decides")
+    if not all(0 <= beta < 1 for beta in config.optim.betas):
+        raise ConfigError(f"optim.betas is {config.optim.betas}; both must be from 0 to below 1")
+    _check_effects(config)
     if bool(config.evaluation.train) != bool(config.evaluation.test):
         raise ConfigError("evaluation.train and evaluation.test go together: one of them is empty")
+
+
+def _check_effects(config: RunConfig) -> None:
+    """Raise ConfigError for a setting that another one leaves without effect."""
+    unused = {
+        "optim.betas": config.optim.name != "adamw" and f"optim.name {config.optim.name} has none",
+        "optim.momentum": config.optim.name == "adamw" and "optim.name adamw has betas",
+        "input.slots": config.input.mode == "resampled" and "input.mode resampled has no slots",
+        "input.cache": config.input.mode == "resampled" and "input.mode resampled keeps no copies",
+        "evaluation.limit": not config.evaluation.train and "evaluation.train is empty",
+    }
+    flat, default = to_flat(config), to_flat(RunConfig(name=""))
+    for name, reason in unused.items():
+        if reason and flat[name] != default[name]:
+            raise ConfigError(f"{name} {flat[name]} has no effect: {reason}; leave it out")
 
 
 def _objective_options(unknown: list[str]) -> dict[str, Any]:
@@ -356,7 +385,10 @@ def save(config: RunConfig, path: Path) -> None:
 
 def load(path: Path) -> RunConfig:
     """Read a configuration that `save` wrote."""
-    return from_dict(json.loads(path.read_text()))
+    try:
+        return from_dict(json.loads(path.read_text()))
+    except (OSError, json.JSONDecodeError) as error:
+        raise ConfigError(f"cannot read {path}: {error}") from error
 
 
 FREE_TO_CHANGE = (

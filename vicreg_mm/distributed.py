@@ -152,3 +152,8 @@ def run_program(program: Callable[[], None], name: str) -> None:
             name = f"{name} (rank {os.environ['RANK']})"
         print(f"{name}: error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
+    except RuntimeError as error:
+        if os.environ.get("VICREG_MM_TRACEBACK") or "closed by peer" not in str(error).lower():
+            raise
+        print(f"{name}: error: another rank stopped first; its message says why", file=sys.stderr, flush=True)
+        sys.exit(2)

@@ -35,7 +35,8 @@ class TooManyBadRecords(ValueError):
 class Training:
     """Everything that one training run needs beside the engine.
 
-    probes: functions (step, epoch) -> metrics, called on all ranks at the end of every epoch. fingerprint: what identifies the data.
+    fingerprint: what identifies the data. gauges: name -> formula on the gathered features of a view. journal: what the loop had
+    summed and said before the checkpoint that it goes on from.
     """
 
     config: RunConfig
@@ -45,8 +46,13 @@ class Training:
     step: int = 0
     gamma: float = 1.0
     fingerprint: dict[str, Any] = field(default_factory=dict)
-    probes: tuple[Callable[[int, float], Mapping[str, float]], ...] = ()
     gauges: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+    journal: Mapping[str, Any] = field(default_factory=dict)
+
+    def logs_at(self, step: int) -> bool:
+        """Whether the step that ends with `step` steps done writes a line of metrics."""
+        m = self.config.monitor
+        return step >= self.schedule.total or not all((step % m.log_every, step % m.gauge_every, step % self.steps_per_epoch))
 
 
 def train(engine: Any, batches: Iterable[tuple[Any, Any]], t: Training, device: torch.device) -> Path:
@@ -63,7 +69,7 @@ def train(engine: Any, batches: Iterable[tuple[Any, Any]], t: Training, device: 
                     break
                 loop.step(batch)
                 done = t.step >= t.schedule.total
-                if done or t.step % t.config.monitor.log_every == 0 or t.step % t.steps_per_epoch == 0:
+                if t.logs_at(t.step):
                     loop.log()
                     stopped = any(distributed.exchange_counts(int(stop.requested), device))
                 else:
@@ -110,7 +116,7 @@ class _Loop:
 
     def __init__(self, engine: Any, t: Training, device: torch.device):
         self.engine, self.t, self.device = engine, t, device
-        self.means = monitor.EpochMeans()
+        self.means = monitor.EpochMeans(t.journal.get("sums"), t.journal.get("steps", 0), device)
         self.main = distributed.is_main()
         self.log_file = monitor.RunLog(t.run, t.step) if self.main else None
         self.bar = tqdm(
@@ -119,9 +125,13 @@ class _Loop:
         )  # fmt: skip
         self.lr = 0.0
         self.latest: dict[str, Tensor] = {}
-        self.bad = self.attempted = 0
-        self.bad_messages: list[str] = []
-        self.advised: set[str] = set()
+        # rank 0 carries the sums over all ranks of what came before
+        before = t.journal if self.main else {}
+        self.bad: int = before.get("bad", 0)
+        self.attempted: int = before.get("attempted", 0)
+        self.bad_records = monitor.BadRecords(t.run, t.step if self.main else None)
+        self.bad_said = self.bad
+        self.advised: set[str] = set(t.journal.get("advised", ()))
         self.window = (time.perf_counter(), t.step)
         self.grad_norm: Any = None
 
@@ -135,19 +145,26 @@ class _Loop:
         torch.manual_seed(hash((t.config.seed, t.step, distributed.rank())) % 2**63)
         self.attempted += batch.attempted
         self.bad += len(batch.bad)
-        self.bad_messages += batch.bad
-        loss, logs = self.engine(batch.to(self.device, non_blocking=True))
+        self.bad_records.write(t.step, batch.bad)
+        try:
+            loss, logs = self.engine(batch.to(self.device, non_blocking=True))
+        except ValueError as error:
+            if not batch.bad:
+                raise
+            raise TooManyBadRecords(
+                f"{error}; {len(batch.bad)} of the {batch.attempted} records of rank {distributed.rank()} at step {t.step} could not be "
+                f"used, the first: {batch.bad[0]}"
+            ) from error
         finite = _FiniteCheck(loss)
         self.engine.backward(loss)
         if not finite.holds():  # waits for the forward pass only, while the backward pass is still running
             values = ", ".join(f"{name.partition('/')[2]} {value.item():g}" for name, value in logs.items() if name in monitor.LOSS_TERMS)
             raise NonFiniteLoss(
                 f"the loss is {loss.item()} at step {t.step} (epoch {epoch}, step {step_in_epoch} of it): {values}; "
-                f"the optimizer was not stepped, last good checkpoint: {_latest(t.run)}; "
-                "lower the learning rate, clip the gradients or use --engine.precision fp32"
+                f"the optimizer was not stepped, last checkpoint: {_latest(t.run)}; "
+                "for a new run lower the learning rate, clip the gradients or use --engine.precision fp32"
             )
-        if (t.step + 1) % t.config.monitor.log_every == 0:
-            self.grad_norm = self._gradient_norm()
+        self.grad_norm = self._gradient_norm() if t.logs_at(t.step + 1) else None
         self.engine.step()
         t.step += 1
         module = self.engine.module
@@ -179,11 +196,9 @@ class _Loop:
             self._advise(metrics)
 
     def end_epoch(self) -> None:
-        """Epoch means and probes."""
+        """Means over the epoch."""
         means: dict[str, Any] = self.means.take()
         epoch = self.t.step / self.t.steps_per_epoch
-        for probe in self.t.probes:
-            means.update(probe(self.t.step, epoch))
         if self.log_file is not None:
             self.log_file.write(self.t.step, {"epoch": epoch, **means})
 
@@ -200,6 +215,7 @@ class _Loop:
             "config": configs.to_dict(t.config),
             "world_size": distributed.world_size(),
             "loss_scale": _loss_scale(self.engine),
+            "journal": {**self.means.state(), **self._bad_totals(), "advised": sorted(self.advised)},
         }
         folder = checkpoint.save(checkpoint.folder_of(t.run, t.step), self.engine, state)
         if self.main:
@@ -234,24 +250,24 @@ class _Loop:
         return found
 
     def _count_bad(self) -> int:
-        bad = sum(distributed.exchange_counts(self.bad, self.device))
-        attempted = sum(distributed.exchange_counts(self.attempted, self.device))
-        if sum(distributed.exchange_counts(len(self.bad_messages), self.device)):
-            messages = [message for part in distributed.gather_objects(self.bad_messages) for message in part]
-            self.bad_messages = []
-            if self.main:
-                with (self.t.run / "bad_records.txt").open("a") as file:
-                    file.writelines(message + "\n" for message in messages)
-                listed = self.t.run / "bad_records.txt"
-                self.say(f"{len(messages)} bad records left out ({bad} so far), listed in {listed}; the first: {messages[0]}")
+        bad, attempted = self._bad_totals().values()
+        if bad > self.bad_said:
+            self.say(f"{bad - self.bad_said} bad records left out ({bad} so far), listed in {self.bad_records.path}")
+            self.bad_said = bad
         share = bad / max(1, attempted)
         limit = self.t.config.input.max_bad_share
         if share > limit and bad > 1:
             raise TooManyBadRecords(
                 f"{bad} of {attempted} records could not be used ({share:.1%}, --input.max_bad_share is {limit:.1%}); "
-                f"see {self.t.run / 'bad_records.txt'}"
+                f"see {self.bad_records.path}"
             )
         return bad
+
+    def _bad_totals(self) -> dict[str, int]:
+        return {
+            "bad": sum(distributed.exchange_counts(self.bad, self.device)),
+            "attempted": sum(distributed.exchange_counts(self.attempted, self.device)),
+        }
 
     def _show(self, metrics: Mapping[str, Any]) -> None:
         names = {"loss/total": "loss", "loss/invariance": "inv", "loss/variance": "var", "loss/covariance": "cov", "stats/std_mean": "std"}
@@ -302,14 +318,11 @@ def _loss_scale(engine: Any) -> dict[str, float]:
     return {"scale": scaler.get_scale(), "growth_tracker": scaler._get_growth_tracker()} if scaler is not None else {"scale": 1.0}
 
 
-def restore(engine: Any, folder: Path) -> int:
-    """Give a freshly launched engine the optimizer state and loss scale of a checkpoint; returns the step. The weights are loaded
-    before `launch`, so that DeepSpeed partitions the right ones."""
-    state = checkpoint.read_state(folder)
+def restore(engine: Any, folder: Path) -> None:
+    """Give a freshly launched engine the optimizer state and loss scale of a checkpoint. The weights are loaded before `launch`, so that
+    DeepSpeed partitions the right ones."""
     checkpoint.restore_optimizer(engine, folder / "optimizer.safetensors")
+    kept = checkpoint.read_state(folder)["loss_scale"]
     scaler = getattr(engine, "torch_autocast_z0_gradscaler", None)
-    if scaler is not None and "growth_tracker" in state["loss_scale"]:
-        scaler.load_state_dict(
-            {**scaler.state_dict(), "scale": state["loss_scale"]["scale"], "_growth_tracker": int(state["loss_scale"]["growth_tracker"])}
-        )
-    return state["step"]
+    if scaler is not None and "growth_tracker" in kept:
+        scaler.load_state_dict({**scaler.state_dict(), "scale": kept["scale"], "_growth_tracker": int(kept["growth_tracker"])})

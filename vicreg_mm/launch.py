@@ -17,17 +17,16 @@ from vicreg_mm.optim import build_optimizer, parameter_groups
 from vicreg_mm.registry import unknown_name
 
 MERGED = (
-    "zero_optimization", "gradient_clipping", "communication_data_type", "torch_autocast", "data_types", "compile", "aio",
-    "flops_profiler", "comms_logger", "tensorboard", "wandb", "csv_monitor", "comet", "timers", "log_level", "dump_state",
-    "wall_clock_breakdown", "memory_breakdown", "steps_per_print", "disable_python_gc", "disable_allgather",
+    "zero_optimization", "aio", "flops_profiler", "comms_logger", "tensorboard", "wandb", "csv_monitor", "comet", "timers", "log_level",
+    "dump_state", "wall_clock_breakdown", "memory_breakdown", "steps_per_print", "disable_python_gc", "disable_allgather",
     "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
 )  # fmt: skip
-"""Sections of a user's DeepSpeed file that are merged over ours. DeepSpeed itself accepts any key without a word."""
+"""Sections of a user's DeepSpeed file that are merged over ours; none moves the loss. DeepSpeed itself accepts any key without a word."""
 
 OURS = {
-    "optimizer": "--optim.*", "scheduler": "--optim.warmup_epochs and --optim.final_lr_ratio", "fp16": "--engine.precision fp16",
-    "bf16": "--engine.precision bf16", "bfloat16": "--engine.precision bf16",
-    "activation_checkpointing": "--engine.activation_checkpointing", "checkpoint": "--checkpoint.*",
+    "optimizer": "--optim.*", "scheduler": "--optim.warmup_epochs and --optim.final_lr_ratio", "gradient_clipping": "--optim.clip",
+    "fp16": "--engine.precision fp16", "bf16": "--engine.precision bf16", "bfloat16": "--engine.precision bf16",
+    "torch_autocast": "--engine.precision", "activation_checkpointing": "--engine.activation_checkpointing", "checkpoint": "--checkpoint.*",
 }  # fmt: skip
 """Sections that this engine sets itself, and the option to use instead."""
 
@@ -57,7 +56,7 @@ def deepspeed_settings(config: RunConfig, world_size: int, device: torch.device)
         settings["torch_autocast"] = {"enabled": True, "dtype": dtype, "lower_precision_safe_modules": []}
     if config.deepspeed_config:
         settings = _merge(settings, _read_user_file(Path(config.deepspeed_config), settings))
-    stage = settings["zero_optimization"].get("stage", 0)
+    stage = settings["zero_optimization"]["stage"]
     if stage != config.engine.zero_stage:  # decided by the file: the rules of our own option hold for it too
         configs.check(replace(config, engine=replace(config.engine, zero_stage=stage)))
     return settings
@@ -68,6 +67,8 @@ def _read_user_file(path: Path, ours: Mapping[str, Any]) -> dict[str, Any]:
         user = json.loads(path.read_text())
     except (OSError, json.JSONDecodeError) as error:
         raise ConfigError(f"cannot read deepspeed_config {path}: {error}") from error
+    if not isinstance(user, dict):
+        raise ConfigError(f"{path} holds no JSON object; DeepSpeed's settings are one")
     for key, value in user.items():
         if key in OURS:
             raise ConfigError(f"{path}: section '{key}' is set by this engine; use {OURS[key]}")
@@ -75,6 +76,7 @@ def _read_user_file(path: Path, ours: Mapping[str, Any]) -> dict[str, Any]:
             raise ConfigError(str(unknown_name(f"DeepSpeed setting in {path}", key, sorted(MERGED))))
         if value == "auto":
             raise ConfigError(f"{path}: '{key}' is 'auto', which only the Hugging Face trainer fills in; give a value or leave it out")
+    _check_zero(path, user.get("zero_optimization", {}))
     accumulation = user.get("gradient_accumulation_steps", 1)
     if accumulation != 1:
         raise ConfigError(
@@ -85,6 +87,22 @@ def _read_user_file(path: Path, ours: Mapping[str, Any]) -> dict[str, Any]:
         if user.get(key, ours[key]) != ours[key]:
             raise ConfigError(f"{path}: {key} is {user[key]}, but --batch makes it {ours[key]}; leave it out")
     return user
+
+
+def _check_zero(path: Path, zero: Any) -> None:
+    """Raise ConfigError, in one line, for what DeepSpeed would complain of in many, or only once it trains."""
+    if not isinstance(zero, dict) or type(zero.get("stage", 0)) is not int or not 0 <= zero.get("stage", 0) <= 3:
+        raise ConfigError(f"{path}: zero_optimization is {json.dumps(zero)}; an object with a stage from 0 to 3 is needed")
+    for offload in ("offload_optimizer", "offload_param", "cpu_offload"):
+        if zero.get(offload):
+            raise ConfigError(
+                f"{path}: zero_optimization.{offload} needs DeepSpeed's own compiled optimizer, which is not used here; leave it out"
+            )
+    try:
+        _deepspeed().runtime.zero.config.DeepSpeedZeroConfig(**zero)
+    except ValueError as error:
+        lines = [line.strip() for line in str(error).splitlines()]
+        raise ConfigError(f"{path}: zero_optimization: {' '.join(lines[1:3])}") from error
 
 
 def _merge(ours: dict[str, Any], user: Mapping[str, Any]) -> dict[str, Any]:
@@ -101,13 +119,19 @@ def launch(module: nn.Module, config: RunConfig, device: torch.device) -> Any:
     scalars = [name for name, p in module.named_parameters() if p.ndim == 0]
     if scalars:
         raise ConfigError(f"parameter {scalars[0]} has no dimensions, which DeepSpeed cannot broadcast; give it the shape (1,)")
-    if device.type == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed
-
-    # its shared-memory collectives would be compiled for 40 s at the first start on a CPU; gloo serves
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed = _deepspeed()
     optimizer = build_optimizer(parameter_groups(module, config.optim.weight_decay), config.optim)
     module.to(device)
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
     return engine
+
+
+def _deepspeed() -> Any:
+    """DeepSpeed, without its warning of a missing GPU and without its shared-memory collectives, which would be compiled for 40 s at the
+    first start on a CPU; gloo serves."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed

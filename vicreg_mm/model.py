@@ -63,13 +63,20 @@ class PretrainModel(nn.Module):
         """Features [N, F] of every view that the objective needs; views: uint8 [N, 3, H, W]."""
         names = [name for name in self.objective.needs.views if name in views]
         if not self.joint:
-            return {name: self.encoder(self.normalize(views[name])) for name in names}
+            return {name: self._features(views[name]) for name in names}
         features: dict[str, Tensor] = {}
         for size in dict.fromkeys(views[name].shape[-2:] for name in names):
             group = [name for name in names if views[name].shape[-2:] == size]
             images = torch.cat([views[name] for name in group])
-            features.update(zip(group, self.encoder(self.normalize(images)).chunk(len(group)), strict=True))
+            features.update(zip(group, self._features(images).chunk(len(group)), strict=True))
         return {name: features[name] for name in names}
+
+    def _features(self, images: Tensor) -> Tensor:
+        # transformers cannot reshape an empty batch; a rank without a good record encodes a black image and keeps none of it
+        # (with BatchNorm it would count in the statistics, and convolutions need no such help)
+        if len(images) or has_batchnorm(self.encoder):
+            return self.encoder(self.normalize(images))
+        return self.encoder(self.normalize(images.new_zeros(1, *images.shape[1:])))[:0]
 
     def score(self, features: Mapping[str, Tensor], context: Mapping[str, Any] | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and logs of features that `encode` gave."""

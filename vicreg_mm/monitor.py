@@ -7,16 +7,15 @@ std lies a little below it, and the covariance term cannot fall below sigma^4 (D
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 COLLAPSED_SHARE = 0.10
 """Share of dimensions below 0.1 gamma from which on there is a warning (reference document, pitfall 1)."""
-
-
 LOSS_TERMS = ("loss/total", "loss/invariance", "loss/variance", "loss/covariance")
 """The names under which every objective of the family logs its loss."""
 
@@ -32,10 +31,12 @@ class RunLog:
 
         self.path = run / "metrics.jsonl"
         if self.path.exists():
-            whole = [
-                line for line in self.path.read_text().splitlines(keepends=True) if line.endswith("}\n")
-            ]  # a kill may cut the last one
-            self.path.write_text("".join(line for line in whole if json.loads(line)["step"] <= start_step))
+            # a kill may have cut the last line
+            whole = [line for line in self.path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
+            try:
+                self.path.write_text("".join(line for line in whole if json.loads(line)["step"] <= start_step))
+            except (json.JSONDecodeError, KeyError) as error:
+                raise ValueError(f"{self.path} holds a line that is no metrics: {error!r}; remove that line") from error
         self._file = self.path.open("a", buffering=1)
         self._events = SummaryWriter(str(run), purge_step=start_step + 1 if start_step else None)
 
@@ -55,12 +56,36 @@ class RunLog:
         self._events.close()
 
 
+class BadRecords:
+    """bad_records.txt of a run directory: the step and the reason of every record that was left out. Every rank appends its own.
+
+    start_step: on the rank that drops the lines of the steps which a resumed run is about to do again; None on the others.
+    """
+
+    def __init__(self, run: Path, start_step: int | None = None):
+        self.path = run / "bad_records.txt"
+        if start_step is not None and self.path.exists():
+            lines = [line for line in self.path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            self.path.write_text("".join(line for line in lines if int(line.split()[1].rstrip(":")) < start_step))
+
+    def write(self, step: int, messages: Sequence[str]) -> None:
+        """A line for each message; nothing for none."""
+        if messages:
+            with self.path.open("a") as file:
+                file.write("".join(f"step {step}: {message}\n" for message in messages))
+
+
 class EpochMeans:
     """Means over an epoch of everything that a step logs, summed on the device: no copy to the host before the end."""
 
-    def __init__(self) -> None:
-        self.sums: dict[str, Tensor] = {}
-        self.steps = 0
+    def __init__(self, sums: Mapping[str, float] | None = None, steps: int = 0, device: torch.device | str = "cpu") -> None:
+        """sums, steps: what `state` gave, of the part of the epoch that is done."""
+        self.sums = {name: torch.tensor(value, device=device) for name, value in (sums or {}).items()}
+        self.steps = steps
+
+    def state(self) -> dict[str, Any]:
+        """Plain data to go on from; float32 sums are kept exactly."""
+        return {"sums": {name: total.item() for name, total in self.sums.items()}, "steps": self.steps}
 
     def add(self, logs: Mapping[str, Tensor]) -> None:
         for name, value in logs.items():

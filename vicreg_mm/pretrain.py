@@ -28,8 +28,10 @@ def _main(recipe: RunConfig, arguments: list[str]) -> None:
         _say_smoke(recipe)
     device = distributed.start()
     try:
+        loaders = open_evaluation(config)
         run = pretrain(config, device)
-        evaluate(config, run, device)
+        if loaders is not None:
+            evaluate(config, run, loaders, device)
         if distributed.is_main():
             print(f"run: {run}\nencoder: {run / 'encoder.safetensors'}", flush=True)
     finally:
@@ -65,8 +67,19 @@ def pretrain(config: RunConfig, device: torch.device) -> Path:
         model = convert_sync_batchnorm(model, device)
     if config.engine.activation_checkpointing:
         model.encoder.set_activation_checkpointing(True)
+    schedule = Schedule(
+        config.peak_lr,
+        total=config.steps or config.epochs * data.steps_per_epoch,
+        warmup=round(config.optim.warmup_epochs * data.steps_per_epoch),
+        final_ratio=config.optim.final_lr_ratio,
+    )
+    if schedule.warmup >= schedule.total:
+        raise ConfigError(
+            f"the warm-up of {schedule.warmup} steps is not shorter than the run of {schedule.total}; lower --optim.warmup_epochs"
+        )
     deepspeed_settings(config, distributed.world_size(), device)  # a wrong setting must not leave a run directory behind
     run, resumed = checkpoint.open_run(config)
+    state: dict[str, Any] = {"step": 0, "journal": {}}
     if resumed is not None:
         state = checkpoint.read_state(resumed)
         if state["data"] != data.fingerprint:
@@ -74,18 +87,18 @@ def pretrain(config: RunConfig, device: torch.device) -> Path:
                 f"{run} was trained on other data: {state['data']} in its checkpoint, {data.fingerprint} in --input.shards"
             )
         checkpoint.load_model(model, resumed)
-    total = config.steps or config.epochs * data.steps_per_epoch
-    schedule = Schedule(config.peak_lr, total, round(config.optim.warmup_epochs * data.steps_per_epoch), config.optim.final_lr_ratio)
     wrapped = launch(model, config, device)
+    if resumed is not None:
+        engine.restore(wrapped, resumed)
     training = engine.Training(
-        config, run, schedule, data.steps_per_epoch, engine.restore(wrapped, resumed) if resumed else 0,
-        gamma=getattr(model.objective, "gamma", 1.0), fingerprint=data.fingerprint, gauges={"stats/rank": gauges.rankme},
+        config, run, schedule, data.steps_per_epoch, state["step"], gamma=getattr(model.objective, "gamma", 1.0),
+        fingerprint=data.fingerprint, gauges={"stats/rank": gauges.rankme}, journal=state["journal"],
     )  # fmt: skip
     if distributed.is_main():
         begin = f"resumed at step {training.step}" if resumed else "from the start"
         print(
             f"{run} {begin}: {config.encoder.name} ({num_features} features), {config.objective.name}, {data.num_samples:,} images, "
-            f"batch {config.batch} on {distributed.world_size()} x {device.type}, {total:,} steps", flush=True,
+            f"batch {config.batch} on {distributed.world_size()} x {device.type}, {schedule.total:,} steps", flush=True,
         )  # fmt: skip
     last = engine.train(wrapped, data.batches(training.step), training, device)
     if distributed.is_main():
@@ -100,7 +113,10 @@ def build_model(config: RunConfig) -> Any:
     from vicreg_mm.expander import Expander
     from vicreg_mm.model import PretrainModel
 
-    objective = objectives.build(config.objective.name, **config.objective.options)
+    try:
+        objective = objectives.build(config.objective.name, **config.objective.options)
+    except TypeError as error:  # a word where a number belongs
+        raise ConfigError(f"objective {config.objective.name} with options {config.objective.options}: {error}") from error
     encoder = checkpoint.build_encoder(config)
     expander = Expander(encoder.num_features, config.expander.widths, final=config.expander.final, norm=config.expander.norm)
     joint = {"auto": None, "per_view": False, "per_resolution": True}[config.encoder.forward]
@@ -131,12 +147,21 @@ def open_data(config: RunConfig) -> Data:
     if config.input.mode == "resampled":
         steps = config.input.steps_per_epoch
         stream = ResampledLoader(
-            config.input.shards, policy, config.batch, steps, seed=config.seed, rank=rank, world_size=world, workers=config.input.workers
+            shard_folder(config.input.shards),
+            policy,
+            config.batch,
+            steps,
+            seed=config.seed,
+            rank=rank,
+            world_size=world,
+            workers=config.input.workers,
         )
         samples = steps * config.batch
         return Data(policy.view_names, samples, steps, {"resampled": config.input.shards},
                     lambda step: stream.batches(Position(*divmod(step, steps)), epochs=10**9))  # fmt: skip
-    index = ShardIndex.open(shard_folder(config.input.shards))
+    index = ShardIndex.open(shard_folder(config.input.shards), cache_dir=config.input.cache or None)
+    if config.input.cache and not index.remote:
+        raise ConfigError(f"input.cache {config.input.cache} has no effect: the shards are local files; leave it out")
     slots = default_slots(config.batch, config.input.slots)
     plan = Plan(tuple(index.counts), config.batch, config.seed, slots)
     loader = PretrainLoader(
@@ -160,29 +185,43 @@ def shard_folder(name: str) -> str | Path:
     return builtin.digits(splits[name])
 
 
-def evaluate(config: RunConfig, run: Path, device: torch.device) -> None:
-    """Print the table of raw pixels, the encoder as it began and as it is now, and keep it as evaluation.json in the run directory."""
+def open_evaluation(config: RunConfig) -> tuple[Any, Any] | None:
+    """The loaders of the two labelled sets of the table at the end, or None where none is asked for; opened before the training, so that
+    a mistake in them is not found after it. Raises ValueError for sets without labels, and for two that are the same."""
     if not config.evaluation.train:
-        return
-    from vicreg_mm import checkpoint
-    from vicreg_mm.evaluation.features import frozen
-    from vicreg_mm.evaluation.report import compare_encoders, evaluation_table
+        return None
     from vicreg_mm.input.loader import LabelledLoader
     from vicreg_mm.input.shards import ShardIndex
     from vicreg_mm.input.views import EvalTransform
 
+    names = (config.evaluation.train, config.evaluation.test)
+    train, test = (ShardIndex.open(shard_folder(name), cache_dir=config.input.cache or None) for name in names)
+    for name, index in zip(names, (train, test), strict=True):
+        if not index.has_labels:
+            raise ConfigError(f"the shards of evaluation {name} have no labels (KEY.cls); the table needs them")
+    if train.edition == test.edition:
+        raise ConfigError(f"evaluation.train {names[0]} and evaluation.test {names[1]} are the same images: nothing is held out")
+    return tuple(
+        LabelledLoader(
+            index, EvalTransform(config.input.image_size), 256, rank=distributed.rank(), world_size=distributed.world_size(),
+            workers=min(config.input.workers, 4), limit=limit,
+            cache_dir=config.input.cache or None, cache_bytes=int(config.input.cache_gib * 2**30),
+        )
+        for index, limit in ((train, config.evaluation.limit), (test, 0))
+    )  # type: ignore[return-value]  # fmt: skip
+
+
+def evaluate(config: RunConfig, run: Path, loaders: tuple[Any, Any], device: torch.device) -> None:
+    """Print the table of raw pixels, the encoder as it began and as it is now, and keep it as evaluation.json in the run directory."""
+    from vicreg_mm import checkpoint
+    from vicreg_mm.evaluation.features import frozen
+    from vicreg_mm.evaluation.report import compare_encoders, evaluation_table
+
     begun = time.perf_counter()
     trained = checkpoint.load_encoder(run).to(device)
-    torch.manual_seed(config.seed)
+    torch.manual_seed(config.seed)  # the weights that the run began with
     random = checkpoint.build_encoder(config).to(device)
-    transform = EvalTransform(config.input.image_size)
-    train, test = (
-        LabelledLoader(ShardIndex.open(shard_folder(name)), transform, 256, rank=distributed.rank(), world_size=distributed.world_size(),
-                       workers=min(config.input.workers, 4), limit=limit)
-        for name, limit in ((config.evaluation.train, config.evaluation.limit), (config.evaluation.test, 0))
-    )  # fmt: skip
-    encoders = {name: frozen(e) for name, e in (("random encoder", random), ("pretrained encoder", trained))}
-    rows = compare_encoders(encoders, train, test, device)
+    rows = compare_encoders({"random encoder": frozen(random), "pretrained encoder": frozen(trained)}, *loaders, device)
     if distributed.is_main():
         (run / RESULTS).write_text(json.dumps(rows, indent=2) + "\n")
         print(f"\n{evaluation_table(rows)}\n({time.perf_counter() - begun:.0f} s)\n", flush=True)

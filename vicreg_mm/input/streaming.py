@@ -35,6 +35,9 @@ def expand_source(source: str | Path | list[str]) -> list[str]:
     else:
         is_remote(str(source))  # before expansion, which takes commands apart
         urls = expand_urls(str(source))
+        wrong = next((url for url in urls if is_remote(url) and ".tar" not in url), None)
+        if wrong:
+            raise ShardError(f"'{wrong}' names no shard; give the URLs of tars, or a pattern like {wrong}/s-{{000..127}}.tar")
     if not urls:
         raise ShardError(f"{source} holds no shards (*.tar); write shards first")
     for url in urls:
