@@ -42,12 +42,16 @@ def start(timeout_minutes: float = 30.0) -> torch.device:
 
     CUDA with NCCL where there is a GPU, else the CPU; gloo always serves CPU tensors, so that counts can be exchanged
     without waiting for the GPU. Without a launcher (plain `python recipe.py`) the five variables that it would have set are set here.
+    Raises OSError if the ranks cannot meet, as when another run has the port.
     """
-    if "RANK" not in os.environ:
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        # nobody else has to know the port, so several runs of one process find their own
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        os.environ.update(
+            RANK="0", LOCAL_RANK=os.environ.get("LOCAL_RANK", "0"), WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+        )
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
     if cuda:
@@ -59,7 +63,13 @@ def start(timeout_minutes: float = 30.0) -> torch.device:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
     if not active():
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=timeout_minutes))
+        try:
+            dist.init_process_group(backend, timeout=datetime.timedelta(minutes=timeout_minutes))
+        except dist.DistNetworkError as error:
+            port = os.environ.get("MASTER_PORT")
+            raise OSError(
+                f"the ranks could not meet at port {port}; if another run uses it, start with --master_port N ({error})"
+            ) from error
     return device
 
 
