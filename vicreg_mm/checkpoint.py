@@ -3,7 +3,8 @@
 A checkpoint is a folder `checkpoints/step-NNNNNNNN` of plain safetensors and JSON, whole or not there at all:
   model.safetensors      every parameter and buffer, float32, unpartitioned
   optimizer.safetensors  NAME/STATE for every state of every parameter (AdamW: exp_avg, exp_avg_sq, step)
-  state.json             position in the data, step, configuration, data fingerprint, loss scale
+  state.json             position in the data, step, configuration, data fingerprint, loss scale, and the loop's journal: the sums
+                         of the epoch that is under way, counts of bad records, advice given
 It belongs to no layout: saved at any ZeRO stage on any number of ranks, it goes on at any other. No pickle is read.
 (DeepSpeed's own format is pickle and, from stage 1, bound to its number of ranks.) Random numbers need no state: they are drawn
 anew from (seed, position) at every step.

@@ -130,6 +130,7 @@ class _Loop:
         self.bad: int = before.get("bad", 0)
         self.attempted: int = before.get("attempted", 0)
         self.bad_records = monitor.BadRecords(t.run, t.step if self.main else None)
+        distributed.barrier()  # rank 0 has rewritten the file before another rank appends to it
         self.bad_said = self.bad
         self.advised: set[str] = set(t.journal.get("advised", ()))
         self.window = (time.perf_counter(), t.step)

@@ -44,6 +44,7 @@ class LARS(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
+        """One update of every parameter that has a gradient; returns the closure's loss, if one is given."""
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -73,6 +73,7 @@ class Tray:
         self._bad.append(message)
 
     def batch(self, labelled: bool) -> Batch:
+        """What lies on the tray; labelled: whether the set has labels."""
         good = len(self._rows)
         return Batch(
             views={name: torch.from_numpy(array[:good]) for name, array in self._views.items()},
