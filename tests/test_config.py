@@ -7,7 +7,8 @@ import sys
 import pytest
 
 from vicreg_mm import config as configs
-from vicreg_mm.config import ConfigError, RunConfig, parse
+from vicreg_mm.command_line import parse
+from vicreg_mm.config import ConfigError, RunConfig
 
 RECIPE = RunConfig(
     name="some", input=configs.InputConfig(shards="somewhere"), objective=configs.ObjectiveConfig(options={"convention": "official"})

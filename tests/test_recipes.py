@@ -13,9 +13,8 @@ import pytest
 import torch
 
 from tests.tiny import metrics
-from vicreg_mm import config as configs
 from vicreg_mm import objectives
-from vicreg_mm.config import parse
+from vicreg_mm.command_line import parse, smoke_profile
 from vicreg_mm.launch import deepspeed_settings
 from vicreg_mm.optim import build_optimizer, parameter_groups
 from vicreg_mm.pretrain import build_model
@@ -76,7 +75,7 @@ def test_the_vit_recipe_pools_by_class_token_or_mean():
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_smoke_profile_keeps_the_objective_the_optimizer_and_the_views(path):
     full = recipe(path.stem)
-    small = configs.smoke_profile(full)
+    small = smoke_profile(full)
     assert (small.objective, small.optim.name, small.input.views, small.expander.final) == (
         full.objective, full.optim.name, full.input.views, full.expander.final,
     )  # fmt: skip

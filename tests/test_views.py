@@ -12,7 +12,8 @@ from scipy.stats import kstest
 from sklearn.datasets import load_sample_image
 
 from vicreg_mm.input.geometry import BOX_DRAWS, Affine, Geometry, apply_geometry, resize, sample_box, warp
-from vicreg_mm.input.views import PRESETS, EvalTransform, ViewPolicy, ViewSpec, build_policy
+from vicreg_mm.input.presets import PRESETS, build_policy
+from vicreg_mm.input.views import EvalTransform, ViewPolicy, ViewSpec
 
 PHOTO = load_sample_image("china.jpg")  # [427, 640, 3]
 KEY = (7, 3, 11, 42)

@@ -344,7 +344,8 @@ def build_encoder(config: configs.RunConfig) -> VisionEncoder:
     """The encoder that a configuration describes, with fresh weights from torch's current random state."""
     e = config.encoder
     return build_vision(
-        e.name, image_size=config.input.image_size, pooling=e.pooling, stem=e.stem, drop_path=e.drop_path,
+        e.name, image_size=config.input.image_size, pooling=e.pooling, patch_size=e.patch_size, layer_scale=e.layer_scale,
+        stem=e.stem, drop_path=e.drop_path,
         **({} if e.zero_init_residual is None else {"zero_init_residual": e.zero_init_residual}),
     )  # fmt: skip
 

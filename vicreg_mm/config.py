@@ -3,11 +3,7 @@
 Imports no torch: a wrong option must be reported before anything slow is loaded.
 """
 
-import contextlib
 import dataclasses
-import difflib
-import io
-import itertools
 import json
 import math
 from dataclasses import dataclass, field
@@ -35,6 +31,12 @@ class InputConfig:
     """Augmentation preset: document, official, paper, dino, cifar, digits."""
     image_size: int = 224
     """Side of a global view in pixels."""
+    global_scale: tuple[float, float] | None = None
+    """Share of the image's area that a global view shows, from and to; None: the preset's."""
+    local_size: int = 96
+    """Side of a local view in pixels."""
+    local_scale: tuple[float, float] | None = None
+    """Share of the image's area that a local view shows, from and to; None: the preset's."""
     slots: int = 64
     """The data sequence is cut into at most this many parts; a batch draws equally from each."""
     workers: int = 8
@@ -57,6 +59,10 @@ class EncoderConfig:
     """Transformers: class token or mean of the patches; None: the network's own."""
     stem: Literal["imagenet", "cifar"] = "imagenet"
     """ResNets: cifar is a 3 x 3 first convolution without max-pool, for images of 32 px."""
+    patch_size: int | None = None
+    """Transformers: side of a patch in pixels; None: the network's own."""
+    layer_scale: float = 0.0
+    """Transformers and ConvNeXt: where LayerScale starts; 0: the network's own (ConvNeXt has it at 1e-6, a plain ViT has none)."""
     zero_init_residual: bool | None = None
     """ResNets: start every residual block as the identity; None: the encoder's default (yes)."""
     drop_path: float = 0.0
@@ -75,6 +81,8 @@ class ExpanderConfig:
     """linear: no bias and nothing after it (paper, official code); bn_relu: BatchNorm and ReLU after it too (reference document)."""
     norm: Literal["batch", "layer"] = "batch"
     """Normalisation inside the expander."""
+    forward: Literal["per_view", "per_resolution"] = "per_view"
+    """What BatchNorm normalises over: one view, or all views of one resolution together."""
 
 
 @dataclass(frozen=True)
@@ -97,8 +105,16 @@ class OptimConfig:
     """Peak learning rate at a global batch of `lr_batch`; scaled linearly with the batch."""
     lr_batch: int = 2048
     """The global batch that `lr` is meant for."""
+    max_lr: float = 0.0
+    """The scaled peak is at most this; 0: no bound."""
+    layer_decay: float = 1.0
+    """Each layer of the encoder learns at this multiple of the rate of the layer after it; the expander at the full rate."""
+    patch_lr_scale: float = 1.0
+    """The patch embedding (the first convolution of a transformer or ConvNeXt) learns at this multiple of its layer's rate."""
     weight_decay: float = 0.04
     """Decay of parameters with at least two dimensions."""
+    final_weight_decay: float | None = None
+    """Where a cosine over the whole run takes the decay; None: it stays."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW only."""
     momentum: float = 0.9
@@ -174,6 +190,8 @@ class RunConfig:
     checkpoint: CheckpointConfig = CheckpointConfig()
     monitor: MonitorConfig = MonitorConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    num_local: int = 0
+    """Local views of every image beside the two global ones, for objectives that take them (multicrop)."""
     batch: int = 2048
     """Global batch: the sum over all ranks."""
     epochs: int = 100
@@ -194,71 +212,16 @@ class RunConfig:
     @property
     def peak_lr(self) -> float:
         """The peak learning rate at this run's batch."""
-        return self.optim.lr * self.batch / self.optim.lr_batch
-
-
-def smoke_profile(config: RunConfig) -> RunConfig:
-    """The same run in miniature: a toy encoder of the same family, the built-in digits, 40 steps; everything else as in the recipe."""
-    is_vit = "vit" in config.encoder.name.lower()
-    encoder = dataclasses.replace(config.encoder, name="timm/test_vit" if is_vit else "timm/test_resnet", stem="imagenet")
-    size = 64 if is_vit else 32
-    return dataclasses.replace(
-        config,
-        input=dataclasses.replace(
-            config.input, shards=BUILTIN_DIGITS, mode="planned", image_size=size, workers=min(config.input.workers, 1)
-        ),
-        encoder=encoder,
-        expander=dataclasses.replace(config.expander, widths=tuple(min(width, 256) for width in config.expander.widths)),
-        optim=dataclasses.replace(config.optim, warmup_epochs=0.5),
-        engine=dataclasses.replace(config.engine, precision="fp32"),
-        checkpoint=dataclasses.replace(config.checkpoint, every_epochs=1.0, milestone_epochs=0),
-        monitor=MonitorConfig(log_every=5, gauge_every=20),
-        evaluation=EvaluationConfig(train=BUILTIN_DIGITS, test=BUILTIN_DIGITS + ":test"),
-        batch=64,
-        epochs=2,
-        steps=40,
-        smoke=True,
-    )
-
-
-def parse(recipe: RunConfig, arguments: list[str]) -> RunConfig:
-    """The recipe's configuration with the command line's overrides, in the smoke profile where it asks for that or names no data.
-
-    Options of the objective that the recipe does not set are taken as --objective.options.NAME VALUE; the launcher's
-    --local_rank is dropped. Raises ConfigError for an unknown option and for a malformed value.
-    """
-    config = _override(recipe, arguments)
-    if config.smoke or not config.input.shards:
-        config = _override(smoke_profile(recipe), arguments)  # the options act on the profile
-    check(config)
-    return config
-
-
-def _override(recipe: RunConfig, arguments: list[str]) -> RunConfig:
-    import tyro
-
-    complaint = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(complaint):
-            config, unknown = tyro.cli(
-                RunConfig, prog=f"deepspeed recipes/{recipe.name}.py", default=recipe, args=arguments, return_unknown_args=True
-            )
-    except SystemExit as stop:
-        if not stop.code:
-            raise  # --help
-        box = [line.strip("│ ") for line in complaint.getvalue().splitlines()[1:]]
-        message = list(itertools.takewhile(lambda line: line.strip("─╰╯"), box))
-        raise ConfigError(" ".join(message).rstrip(".")) from None
-    options = {**config.objective.options, **_objective_options(unknown)}
-    return dataclasses.replace(config, objective=dataclasses.replace(config.objective, options=options))
+        return min(self.optim.lr * self.batch / self.optim.lr_batch, self.optim.max_lr or math.inf)
 
 
 POSITIVE = (
-    "batch", "epochs", "optim.lr", "optim.lr_batch", "input.image_size", "input.slots", "input.cache_gib", "monitor.log_every",
-    "monitor.gauge_every", "checkpoint.keep",
+    "batch", "epochs", "optim.lr", "optim.lr_batch", "input.image_size", "input.local_size", "input.slots", "input.cache_gib",
+    "monitor.log_every", "monitor.gauge_every", "checkpoint.keep",
 )  # fmt: skip
 NOT_NEGATIVE = (
-    "steps", "optim.weight_decay", "optim.momentum", "optim.warmup_epochs", "optim.clip", "input.workers", "input.steps_per_epoch",
+    "steps", "num_local", "optim.max_lr", "optim.weight_decay", "optim.momentum", "optim.warmup_epochs", "optim.clip", "input.workers",
+    "input.steps_per_epoch", "encoder.layer_scale",
     "checkpoint.every_epochs", "checkpoint.every_steps", "checkpoint.milestone_epochs", "evaluation.limit",
 )  # fmt: skip
 
@@ -278,6 +241,11 @@ def check(config: RunConfig) -> None:
         raise ConfigError(f"batch is {config.batch}; the variance over a batch needs at least 2 samples")
     if not 0 <= config.optim.final_lr_ratio <= 1:
         raise ConfigError(f"optim.final_lr_ratio is {config.optim.final_lr_ratio}; it is a share of the peak, from 0 to 1")
+    if config.optim.final_weight_decay is not None and not 0 <= config.optim.final_weight_decay < math.inf:
+        raise ConfigError(f"optim.final_weight_decay is {config.optim.final_weight_decay}; it cannot be negative")
+    for name in ("optim.layer_decay", "optim.patch_lr_scale"):
+        if not 0 < flat[name] <= 1:
+            raise ConfigError(f"{name} is {flat[name]}; it is a factor above 0 and at most 1")
     if not 0 <= config.input.max_bad_share <= 1:
         raise ConfigError(f"input.max_bad_share is {config.input.max_bad_share}; it is a share, from 0 to 1")
     if config.optim.name == "lars" and config.engine.zero_stage > 0:
@@ -314,30 +282,6 @@ def _check_effects(config: RunConfig) -> None:
     for name, reason in unused.items():
         if reason and flat[name] != default[name]:
             raise ConfigError(f"{name} {flat[name]} has no effect: {reason}; leave it out")
-
-
-def _objective_options(unknown: list[str]) -> dict[str, Any]:
-    options: dict[str, Any] = {}
-    words = iter(unknown)
-    prefix = "--objective.options."
-    for word in words:
-        name, equals, value = word.partition("=")
-        if name.replace("-", "_") == "__local_rank":
-            if not equals:
-                next(words, None)
-        elif name.startswith(prefix):
-            value = value if equals else next(words, "")
-            if not value:
-                raise ConfigError(f"option {name} lacks a value")
-            try:
-                options[name.removeprefix(prefix)] = json.loads(value.lower() if value in ("True", "False") else value)
-            except json.JSONDecodeError:
-                options[name.removeprefix(prefix)] = value
-        else:
-            known = [f"--{key}" for key in to_flat(RunConfig(name="")) if key != "name"]
-            close = difflib.get_close_matches(name.replace("-", "_").replace("__", "--", 1), known, n=3, cutoff=0.5)
-            raise ConfigError(f"unknown option {name}; " + (f"closest: {', '.join(close)}" if close else "--help lists all"))
-    return options
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:

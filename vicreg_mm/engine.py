@@ -20,7 +20,7 @@ from tqdm import tqdm
 from vicreg_mm import checkpoint, distributed, monitor
 from vicreg_mm import config as configs
 from vicreg_mm.config import ConfigError, RunConfig
-from vicreg_mm.optim import Schedule, set_lr
+from vicreg_mm.optim import Schedule, set_rates
 
 
 class NonFiniteLoss(ValueError):
@@ -141,7 +141,7 @@ class _Loop:
         t = self.t
         epoch, step_in_epoch = divmod(t.step, t.steps_per_epoch)
         self.lr = t.schedule.lr(t.step)
-        set_lr(self.engine.optimizer, self.lr)
+        set_rates(self.engine.optimizer, self.lr, t.schedule.weight_decay(t.step))
         # drop path and dropout: a function of the position, so that a resumed run needs no saved state
         torch.manual_seed(hash((t.config.seed, t.step, distributed.rank())) % 2**63)
         self.attempted += batch.attempted

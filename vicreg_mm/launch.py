@@ -120,7 +120,7 @@ def launch(module: nn.Module, config: RunConfig, device: torch.device) -> Any:
     if scalars:
         raise ConfigError(f"parameter {scalars[0]} has no dimensions, which DeepSpeed cannot broadcast; give it the shape (1,)")
     deepspeed = _deepspeed()
-    optimizer = build_optimizer(parameter_groups(module, config.optim.weight_decay), config.optim)
+    optimizer = build_optimizer(parameter_groups(module, config.optim), config.optim)
     module.to(device)
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
     return engine

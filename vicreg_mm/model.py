@@ -1,6 +1,6 @@
 """Encoder, expander and objective in the one module that DeepSpeed wraps: a batch of views -> loss, logs."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -34,23 +34,35 @@ def has_batchnorm(module: nn.Module) -> bool:
 class PretrainModel(nn.Module):
     """Encode the views, expand the features, score the embeddings.
 
-    joint: one forward for all views of one resolution instead of one per view; None: where the encoder has no BatchNorm, whose
-    statistics a joint batch would change. The expander always sees one view at a time.
+    joint: the encoder takes all views of one resolution in one forward instead of one view at a time; None: where it has no BatchNorm,
+    whose statistics a joint batch would change. joint_expander: the same for the expander, whose BatchNorm then normalises the views of
+    one resolution together.
     """
 
     encoder: VisionEncoder
     objective: Any  # a registered objective: nn.Module with `needs`
 
-    def __init__(self, encoder: VisionEncoder, expander: Expander, objective: nn.Module, joint: bool | None = None):
+    def __init__(
+        self,
+        encoder: VisionEncoder,
+        expander: Expander,
+        objective: nn.Module,
+        joint: bool | None = None,
+        joint_expander: bool = False,
+    ):
         super().__init__()
         self.encoder = encoder
         self.expander = expander
         self.objective = objective
         self.normalize = Normalize(encoder.mean, encoder.std)
         self.joint = not has_batchnorm(encoder) if joint is None else joint
+        self.joint_expander = joint_expander
 
-    def check_views(self, offered: tuple[str, ...]) -> None:
-        """Raise ValueError unless the loader offers every view that the objective needs."""
+    def check_views(self, offered: Mapping[str, int]) -> None:
+        """Raise ValueError unless the loader offers the views that the objective needs, no others, in sizes that the encoder takes.
+
+        offered: pixels by view name.
+        """
         needed = self.objective.needs.views
         missing = [name for name in needed if name not in offered]
         if missing:
@@ -58,18 +70,16 @@ class PretrainModel(nn.Module):
                 f"the objective needs the views {', '.join(needed)}, but the loader offers only {', '.join(offered)}; "
                 f"missing: {', '.join(missing)}"
             )
+        unused = [name for name in offered if name not in needed]
+        if unused:
+            raise ValueError(f"the loader makes the views {', '.join(unused)} in vain: the objective needs only {', '.join(needed)}")
+        for name in needed:
+            self.encoder.check_size(name, offered[name])
 
     def encode(self, views: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Features [N, F] of every view that the objective needs; views: uint8 [N, 3, H, W]."""
-        names = [name for name in self.objective.needs.views if name in views]
-        if not self.joint:
-            return {name: self._features(views[name]) for name in names}
-        features: dict[str, Tensor] = {}
-        for size in dict.fromkeys(views[name].shape[-2:] for name in names):
-            group = [name for name in names if views[name].shape[-2:] == size]
-            images = torch.cat([views[name] for name in group])
-            features.update(zip(group, self._features(images).chunk(len(group)), strict=True))
-        return {name: features[name] for name in names}
+        own = {name: views[name] for name in self.objective.needs.views if name in views}
+        return _apply(self._features, own, _resolutions(own) if self.joint else [[name] for name in own])
 
     def _features(self, images: Tensor) -> Tensor:
         # transformers cannot reshape an empty batch; a rank without a good record encodes a black image and keeps none of it
@@ -78,9 +88,18 @@ class PretrainModel(nn.Module):
             return self.encoder(self.normalize(images))
         return self.encoder(self.normalize(images.new_zeros(1, *images.shape[1:])))[:0]
 
-    def score(self, features: Mapping[str, Tensor], context: Mapping[str, Any] | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss and logs of features that `encode` gave."""
-        embeddings = {name: self.expander(f) for name, f in features.items()}
+    def score(
+        self,
+        features: Mapping[str, Tensor],
+        context: Mapping[str, Any] | None = None,
+        resolutions: Sequence[Sequence[str]] | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and logs of features that `encode` gave. resolutions: the names of the views that share one, for `joint_expander`."""
+        groups: Sequence[Sequence[str]] = [[name] for name in features]
+        if self.joint_expander:
+            assert resolutions is not None, "a joint expander must be told which views share a resolution"
+            groups = resolutions
+        embeddings = _apply(self.expander, features, groups)
         output = self.objective(embeddings, context)
         logs = {"loss/total": output.loss.detach()}
         logs.update({f"loss/{name}": term.detach() for name, term in output.terms.items()})
@@ -93,12 +112,30 @@ class PretrainModel(nn.Module):
 
     def forward(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """`batch.views`: uint8 [N, 3, H, W] by view name. Returns the loss and metrics by their name in metrics.jsonl."""
-        return self.score(self.encode(batch.views))
+        features = self.encode(batch.views)
+        return self.score(features, resolutions=_resolutions({name: batch.views[name] for name in features}))
 
     def after_step(self, progress: float) -> None:
         """Called after each optimizer step; progress: the share of the run that is done, 0 to 1."""
         if hasattr(self.objective, "after_step"):
             self.objective.after_step(progress)
+
+
+def _resolutions(views: Mapping[str, Tensor]) -> list[list[str]]:
+    """The names of the views, those of one height and width together."""
+    groups: dict[torch.Size, list[str]] = {}
+    for name, view in views.items():
+        groups.setdefault(view.shape[-2:], []).append(name)
+    return list(groups.values())
+
+
+def _apply(module: Callable[[Tensor], Tensor], inputs: Mapping[str, Tensor], groups: Iterable[Sequence[str]]) -> dict[str, Tensor]:
+    """`module` of every input, those of a group in one call."""
+    outputs: dict[str, Tensor] = {}
+    for group in groups:
+        joined = inputs[group[0]] if len(group) == 1 else torch.cat([inputs[name] for name in group])
+        outputs.update(zip(group, module(joined).split([len(inputs[name]) for name in group]), strict=True))
+    return {name: outputs[name] for name in inputs}
 
 
 class VICReg(nn.Module):

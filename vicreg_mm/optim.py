@@ -1,4 +1,4 @@
-"""Parameter groups, LARS and the learning-rate schedule."""
+"""Parameter groups, LARS, and the schedules of learning rate and weight decay."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -8,16 +8,45 @@ import torch
 from torch import Tensor, nn
 
 from vicreg_mm.config import OptimConfig
+from vicreg_mm.encoders import VisionEncoder
 
 
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
-    """Two groups: parameters with at least two dimensions, decayed; biases, norms and other 1-d and 0-d ones, not decayed."""
-    trained = [p for p in module.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay, "name": "decayed"},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0, "name": "not_decayed"},
-    ]
-    return [group for group in groups if group["params"]]
+def parameter_groups(module: nn.Module, config: OptimConfig) -> list[dict]:
+    """Groups of parameters that share `lr_scale` and `decay_scale`, by which `set_rates` multiplies the rate and the weight decay.
+
+    decay_scale: 1 for parameters with at least two dimensions, 0 for biases, norms, LayerScale and other 1-d and 0-d ones.
+    lr_scale: in the encoders, layer_decay^k for a parameter with k layers of the encoder after it, its own included; times
+    patch_lr_scale in the patch embedding; 1 elsewhere. Source: BEiT (arXiv:2106.08254), with timm's grouping of layers; the factor of the
+    patch embedding is DINOv2's (arXiv:2304.07193).
+    Raises ValueError for a patch_lr_scale where an encoder has no patch embedding, a layer_decay where its layers are not known.
+    """
+    scales: dict[str, float] = {}
+    for prefix, encoder in module.named_modules():
+        if isinstance(encoder, VisionEncoder):
+            own = _encoder_scales(encoder, config.layer_decay, config.patch_lr_scale)
+            scales |= {f"{prefix}.net.{name}".lstrip("."): scale for name, scale in own.items()}
+    groups: dict[tuple[float, float], dict] = {}
+    for name, p in module.named_parameters():
+        if p.requires_grad:
+            key = scales.get(name, 1.0), float(p.ndim > 1)
+            group = groups.setdefault(key, {"params": [], "lr_scale": key[0], "decay_scale": key[1]})
+            group["params"].append(p)
+    for group in groups.values():
+        group["weight_decay"] = config.weight_decay * group["decay_scale"]
+    return list(groups.values())
+
+
+def _encoder_scales(encoder: VisionEncoder, layer_decay: float, patch_lr_scale: float) -> dict[str, float]:
+    scales: dict[str, float] = {}
+    if layer_decay != 1.0:
+        scales = {name: layer_decay**layers for name, layers in encoder.layers_after().items()}
+    if patch_lr_scale != 1.0:
+        if encoder.patch_embedding is None:
+            raise ValueError(f"optim.patch_lr_scale {patch_lr_scale} has no effect: encoder '{encoder.name}' has no patch embedding")
+        for name, _ in encoder.net.named_parameters():
+            if name.startswith(encoder.patch_embedding):
+                scales[name] = scales.get(name, 1.0) * patch_lr_scale
+    return scales
 
 
 def build_optimizer(groups: Iterable[dict], config: OptimConfig) -> torch.optim.Optimizer:
@@ -69,27 +98,37 @@ class LARS(torch.optim.Optimizer):
 
 @dataclass(frozen=True)
 class Schedule:
-    """Learning rate per step: linear warm-up, then a cosine.
+    """Learning rate per step: linear warm-up, then a cosine. Weight decay per step: one cosine.
 
     Step s < w: peak (s + 1) / w. After it: final + (peak - final) (1 + cos(pi (s - w) / (total - w))) / 2.
-    total, w = `warmup`: in optimizer steps. final = peak * `final_ratio`.
+    Weight decay: end + (start - end) (1 + cos(pi s / total)) / 2, from step 0 on.
+    total, w = `warmup`: in optimizer steps. final = peak * `final_ratio`. decay: (start, end).
+    Source of the rising weight decay: DINO (arXiv:2104.14294).
     """
 
     peak: float
     total: int
     warmup: int = 0
     final_ratio: float = 0.0
+    decay: tuple[float, float] = (0.0, 0.0)
 
     def lr(self, step: int) -> float:
         """The learning rate of step 0, 1, ..., total - 1."""
         if step < self.warmup:
             return self.peak * (step + 1) / self.warmup
-        progress = min(1.0, (step - self.warmup) / max(1, self.total - self.warmup))
-        final = self.peak * self.final_ratio
-        return final + (self.peak - final) * 0.5 * (1.0 + math.cos(math.pi * progress))
+        return _cosine(self.peak, self.peak * self.final_ratio, (step - self.warmup) / max(1, self.total - self.warmup))
+
+    def weight_decay(self, step: int) -> float:
+        """The weight decay of step 0, 1, ..., total - 1."""
+        return _cosine(*self.decay, step / self.total)
 
 
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Give every group the rate `lr` times the group's own `lr_scale` (1 where it has none)."""
+def _cosine(start: float, end: float, progress: float) -> float:
+    return end + (start - end) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+
+
+def set_rates(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:
+    """Give every group of `parameter_groups` its rate and its weight decay."""
     for group in optimizer.param_groups:
-        group["lr"] = lr * group.get("lr_scale", 1.0)
+        group["lr"] = lr * group["lr_scale"]
+        group["weight_decay"] = weight_decay * group["decay_scale"]

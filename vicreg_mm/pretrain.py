@@ -1,6 +1,7 @@
 """`main(config)`, what every pretraining recipe calls: assemble the parts of a run, train, export the encoder, print the table."""
 
 import dataclasses
+import inspect
 import json
 import sys
 import time
@@ -10,8 +11,8 @@ from typing import Any
 
 import torch
 
-from vicreg_mm import config as configs
 from vicreg_mm import distributed
+from vicreg_mm.command_line import parse
 from vicreg_mm.config import BUILTIN_DIGITS, ConfigError, RunConfig
 
 RESULTS = "evaluation.json"
@@ -23,7 +24,7 @@ def main(recipe: RunConfig, arguments: list[str] | None = None) -> None:
 
 
 def _main(recipe: RunConfig, arguments: list[str]) -> None:
-    config = configs.parse(recipe, arguments)
+    config = parse(recipe, arguments)
     if config.smoke and distributed.is_main_environment():
         _say_smoke(recipe)
     device = distributed.start()
@@ -61,17 +62,19 @@ def pretrain(config: RunConfig, device: torch.device) -> Path:
     data = open_data(config)
     torch.manual_seed(config.seed)
     model = build_model(config)
-    model.check_views(data.view_names)
+    model.check_views(data.view_sizes)
     num_features = model.encoder.num_features
     if distributed.world_size() > 1:
         model = convert_sync_batchnorm(model, device)
     if config.engine.activation_checkpointing:
         model.encoder.set_activation_checkpointing(True)
+    decay = config.optim.weight_decay
     schedule = Schedule(
         config.peak_lr,
         total=config.steps or config.epochs * data.steps_per_epoch,
         warmup=round(config.optim.warmup_epochs * data.steps_per_epoch),
         final_ratio=config.optim.final_lr_ratio,
+        decay=(decay, decay if config.optim.final_weight_decay is None else config.optim.final_weight_decay),
     )
     if schedule.warmup >= schedule.total:
         raise ConfigError(
@@ -113,21 +116,24 @@ def build_model(config: RunConfig) -> Any:
     from vicreg_mm.expander import Expander
     from vicreg_mm.model import PretrainModel
 
+    options = dict(config.objective.options)
+    if "num_local" in inspect.signature(objectives.OBJECTIVES.builder(config.objective.name)).parameters:
+        options.setdefault("num_local", config.num_local)
     try:
-        objective = objectives.build(config.objective.name, **config.objective.options)
+        objective = objectives.build(config.objective.name, **options)
     except TypeError as error:  # a word where a number belongs
-        raise ConfigError(f"objective {config.objective.name} with options {config.objective.options}: {error}") from error
+        raise ConfigError(f"objective {config.objective.name} with options {options}: {error}") from error
     encoder = checkpoint.build_encoder(config)
     expander = Expander(encoder.num_features, config.expander.widths, final=config.expander.final, norm=config.expander.norm)
     joint = {"auto": None, "per_view": False, "per_resolution": True}[config.encoder.forward]
-    return PretrainModel(encoder, expander, objective, joint)
+    return PretrainModel(encoder, expander, objective, joint, config.expander.forward == "per_resolution")
 
 
 @dataclasses.dataclass(frozen=True)
 class Data:
     """The training data of a run: what it offers, how long an epoch is, and its batches from any step on."""
 
-    view_names: tuple[str, ...]
+    view_sizes: dict[str, int]
     num_samples: int
     steps_per_epoch: int
     fingerprint: dict[str, Any]
@@ -138,11 +144,11 @@ def open_data(config: RunConfig) -> Data:
     """Open the shards that a configuration names."""
     from vicreg_mm.input.loader import PretrainLoader
     from vicreg_mm.input.plan import Plan, Position, default_slots
+    from vicreg_mm.input.presets import policy_of
     from vicreg_mm.input.shards import ShardIndex
     from vicreg_mm.input.streaming import ResampledLoader
-    from vicreg_mm.input.views import build_policy
 
-    policy = build_policy(config.input.views, config.input.image_size)
+    policy = policy_of(config)
     rank, world = distributed.rank(), distributed.world_size()
     if config.input.mode == "resampled":
         steps = config.input.steps_per_epoch
@@ -157,7 +163,7 @@ def open_data(config: RunConfig) -> Data:
             workers=config.input.workers,
         )
         samples = steps * config.batch
-        return Data(policy.view_names, samples, steps, {"resampled": config.input.shards},
+        return Data(policy.view_sizes, samples, steps, {"resampled": config.input.shards},
                     lambda step: stream.batches(Position(*divmod(step, steps)), epochs=10**9))  # fmt: skip
     index = ShardIndex.open(shard_folder(config.input.shards), cache_dir=config.input.cache or None)
     if config.input.cache and not index.remote:
@@ -169,7 +175,7 @@ def open_data(config: RunConfig) -> Data:
         cache_dir=config.input.cache or None, cache_bytes=int(config.input.cache_gib * 2**30),
     )  # fmt: skip
     fingerprint = {"num_samples": plan.num_samples, "num_shards": len(index.counts), "edition": index.edition, "slots": slots}
-    return Data(policy.view_names, plan.num_samples, plan.steps_per_epoch, fingerprint,
+    return Data(policy.view_sizes, plan.num_samples, plan.steps_per_epoch, fingerprint,
                 lambda step: loader.batches(Position(*divmod(step, plan.steps_per_epoch)), epochs=10**9))  # fmt: skip
 
 

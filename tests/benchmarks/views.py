@@ -18,7 +18,8 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
-from vicreg_mm.input.views import ViewPolicy, ViewSpec, build_policy, decode
+from vicreg_mm.input.presets import build_policy
+from vicreg_mm.input.views import ViewPolicy, decode
 
 
 def photos(folder: Path | None, limit: int) -> list[bytes]:
@@ -52,12 +53,6 @@ def theirs(transform: Callable) -> Callable[[bytes, int], object]:
     return lambda data, row: transform(Image.open(io.BytesIO(data)).convert("RGB"))
 
 
-def multicrop() -> ViewPolicy:
-    colour = {"jitter": 0.8, "brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1, "gray": 0.2, "flip": 0.5}
-    local = [ViewSpec(f"local_{k}", 96, scale=(0.05, 0.4), blur=0.5, **colour) for k in range(8)]
-    return ViewPolicy((*build_policy("dino", 224).views, *local))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", nargs="?", type=Path)
@@ -71,7 +66,10 @@ def main() -> None:
     images = photos(args.folder, args.limit)
     pairs = {
         "decode + 2 x 224, official / lightly VICReg": (ours(build_policy("official", 224)), theirs(VICRegTransform(input_size=224))),
-        "decode + 2 x 224 + 8 x 96, dino / lightly DINO": (ours(multicrop()), theirs(DINOTransform(n_local_views=8))),
+        "decode + 2 x 224 + 8 x 96, dino / lightly DINO": (
+            ours(build_policy("dino", 224, num_local=8)),
+            theirs(DINOTransform(n_local_views=8)),
+        ),
     }
     print(f"{len(images)} images, {args.rounds} rounds, milliseconds an image (median of the rounds)")
     decoding = statistics.median(seconds_per_image(lambda data, row: decode(data), images, r) for r in range(args.rounds))

@@ -5,7 +5,7 @@ workers and after a resume. `ViewPolicy.sample` says what will be done, `apply_g
 """
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import cv2
@@ -14,9 +14,8 @@ import numpy as np
 from vicreg_mm.input.decode import BadImage, decode
 from vicreg_mm.input.geometry import BOX_DRAWS, Affine, Geometry, apply_geometry, resize, sample_box
 from vicreg_mm.input.photometry import JITTER, Photometry, apply_photometry
-from vicreg_mm.registry import unknown_name
 
-__all__ = ["PRESETS", "BadImage", "EvalTransform", "ViewPolicy", "ViewSpec", "build_policy", "decode"]
+__all__ = ["BadImage", "EvalTransform", "ViewPolicy", "ViewSpec", "decode"]
 
 cv2.setNumThreads(0)  # parallelism is one worker per core; OpenCV's own threads would fight over them and do not survive a fork
 
@@ -198,44 +197,6 @@ class ViewPolicy:
             geometry, photometry = sampled[spec.name]
             views[spec.name] = _planes(apply_photometry(apply_geometry(image, geometry, spec.size), photometry))
         return views
-
-
-_COLOUR = {"flip": 0.5, "jitter": 0.8, "brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1, "gray": 0.2}
-_DIGITS = {
-    "scale": (0.7, 1.0), "ratio": (0.85, 1.18), "rotation": 12.0, "shift": 0.08, "zoom": (0.9, 1.1), "shear": 10.0,
-    "jitter": 0.8, "brightness": 0.4, "contrast": 0.4,
-}  # fmt: skip
-
-# Per preset, the settings of global_0 and global_1.
-PRESETS: dict[str, tuple[dict[str, Any], ...]] = {
-    # The reference document: both views alike; its kernel of 23 reaches further than 8 bits show (see `photometry.blur`).
-    "document": ({**_COLOUR, "blur": 0.5, "solarize": 0.2},) * 2,
-    # facebookresearch/vicreg, main_vicreg.py and augmentations.py: asymmetric, as in BYOL.
-    "official": ({**_COLOUR, "blur": 1.0, "solarize": 0.0}, {**_COLOUR, "blur": 0.1, "solarize": 0.2}),
-    # arXiv:2105.04906, appendix C.1: both views alike.
-    "paper": ({**_COLOUR, "blur": 0.5, "solarize": 0.1},) * 2,
-    # facebookresearch/dino, main_dino.py: the two global crops.
-    "dino": (
-        {**_COLOUR, "scale": (0.4, 1.0), "blur": 1.0, "solarize": 0.0},
-        {**_COLOUR, "scale": (0.4, 1.0), "blur": 0.1, "solarize": 0.2},
-    ),
-    # vturrisi/solo-learn, scripts/pretrain/cifar/vicreg.yaml.
-    "cifar": ({**_COLOUR, "scale": (0.2, 1.0), "solarize": 0.1},) * 2,
-    # Scans of digits, light on dark: no flip, no colour. (assumed)
-    "digits": (_DIGITS,) * 2,
-}
-
-
-def build_policy(preset: str, size: int, **overrides: Any) -> ViewPolicy:
-    """Two global views of `size` pixels after a preset; overrides: settings of `ViewSpec` that then hold for both views."""
-    if preset not in PRESETS:
-        raise unknown_name("view preset", preset, sorted(PRESETS))
-    known = [field.name for field in fields(ViewSpec) if field.name not in ("name", "size")]
-    for option in overrides:
-        if option not in known:
-            raise unknown_name("setting of a view", option, known)
-    specs = enumerate(PRESETS[preset])
-    return ViewPolicy(tuple(ViewSpec(f"global_{k}", size, **{**settings, **overrides}) for k, settings in specs))
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ def multicrop_graph(num_local: int = 8, local_weight: float = 0.5, node_weights:
     share = 1 / (1 + num_local)
     edges = [Edge(*GLOBALS, share), *(Edge(view, local, local_weight * share) for local in locals_ for view in GLOBALS)]
     weights = NODE_WEIGHTS[node_weights](GLOBALS + locals_)
-    return ViewGraph(tuple(edges), weights and {"variance": weights, "covariance": weights})
+    return ViewGraph(tuple(edges), None if weights is None else {"variance": weights, "covariance": weights})
 
 
 @OBJECTIVES.register("multicrop")

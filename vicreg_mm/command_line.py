@@ -1,0 +1,100 @@
+"""The command line of a recipe: its configuration with a user's options, in the smoke profile where it names no data."""
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import itertools
+import json
+from typing import Any
+
+from vicreg_mm.config import BUILTIN_DIGITS, ConfigError, EvaluationConfig, MonitorConfig, RunConfig, check, to_flat
+
+
+def smoke_profile(config: RunConfig) -> RunConfig:
+    """The same run in miniature: a toy encoder of the same family, the built-in digits, 40 steps; everything else as in the recipe."""
+    family = next((family for family in ("vit", "convnext") if family in config.encoder.name.lower()), "resnet")
+    encoder = dataclasses.replace(config.encoder, name=f"timm/test_{family}", stem="imagenet", patch_size=None)
+    size = 32 if family == "resnet" else 64
+    return dataclasses.replace(
+        config,
+        input=dataclasses.replace(
+            config.input,
+            shards=BUILTIN_DIGITS,
+            mode="planned",
+            image_size=size,
+            local_size=size // 2,
+            workers=min(config.input.workers, 1),
+        ),
+        encoder=encoder,
+        expander=dataclasses.replace(config.expander, widths=tuple(min(width, 256) for width in config.expander.widths)),
+        optim=dataclasses.replace(config.optim, warmup_epochs=0.5),
+        engine=dataclasses.replace(config.engine, precision="fp32"),
+        checkpoint=dataclasses.replace(config.checkpoint, every_epochs=1.0, milestone_epochs=0),
+        monitor=MonitorConfig(log_every=5, gauge_every=20),
+        evaluation=EvaluationConfig(train=BUILTIN_DIGITS, test=BUILTIN_DIGITS + ":test"),
+        batch=64,
+        epochs=2,
+        steps=40,
+        smoke=True,
+    )
+
+
+def parse(recipe: RunConfig, arguments: list[str]) -> RunConfig:
+    """The recipe's configuration with the command line's overrides, in the smoke profile where it asks for that or names no data.
+
+    Options of the objective that the recipe does not set are taken as --objective.options.NAME VALUE; the launcher's
+    --local_rank is dropped. Raises ConfigError for an unknown option and for a malformed value.
+    """
+    config = _override(recipe, arguments)
+    if config.smoke or not config.input.shards:
+        config = _override(smoke_profile(recipe), arguments)  # the options act on the profile
+    if not config.num_local:
+        for word in arguments:
+            if word.replace("-", "_").startswith("__input.local_"):
+                raise ConfigError(f"{word} has no effect without local views; give --num_local")
+    check(config)
+    return config
+
+
+def _override(recipe: RunConfig, arguments: list[str]) -> RunConfig:
+    import tyro
+
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            config, unknown = tyro.cli(
+                RunConfig, prog=f"deepspeed recipes/{recipe.name}.py", default=recipe, args=arguments, return_unknown_args=True
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise  # --help
+        box = [line.strip("│ ") for line in complaint.getvalue().splitlines()[1:]]
+        message = list(itertools.takewhile(lambda line: line.strip("─╰╯"), box))
+        raise ConfigError(" ".join(message).rstrip(".")) from None
+    options = {**config.objective.options, **_objective_options(unknown)}
+    return dataclasses.replace(config, objective=dataclasses.replace(config.objective, options=options))
+
+
+def _objective_options(unknown: list[str]) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    words = iter(unknown)
+    prefix = "--objective.options."
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name.replace("-", "_") == "__local_rank":
+            if not equals:
+                next(words, None)
+        elif name.startswith(prefix):
+            value = value if equals else next(words, "")
+            if not value:
+                raise ConfigError(f"option {name} lacks a value")
+            try:
+                options[name.removeprefix(prefix)] = json.loads(value.lower() if value in ("True", "False") else value)
+            except json.JSONDecodeError:
+                options[name.removeprefix(prefix)] = value
+        else:
+            known = [f"--{key}" for key in to_flat(RunConfig(name="")) if key != "name"]
+            close = difflib.get_close_matches(name.replace("-", "_").replace("__", "--", 1), known, n=3, cutoff=0.5)
+            raise ConfigError(f"unknown option {name}; " + (f"closest: {', '.join(close)}" if close else "--help lists all"))
+    return options
