@@ -77,16 +77,18 @@ def test_a_module_as_backbone_needs_its_width():
         vicreg_mm.VICReg("timm/test_resnet", encoder_dim=7)
 
 
-def pretrain_model(joint=None, encoder="timm/test_resnet", **options):
+def pretrain_model(joint=None, encoder="timm/test_resnet", num_local=0, joint_expander=False, norm="batch", **options):
     torch.manual_seed(0)
     encoder = build_vision(encoder, image_size=64)
-    return PretrainModel(encoder, Expander(encoder.num_features, (32, 40)), objectives.build("vicreg", **options), joint)
+    expander = Expander(encoder.num_features, (32, 40), norm=norm)
+    return PretrainModel(encoder, expander, objectives.build("multicrop", num_local=num_local, **options), joint, joint_expander)
 
 
-def batch(n=6, size=64):
+def batch(n=6, size=64, num_local=0):
     generator = torch.Generator().manual_seed(2)
+    sizes = {"global_0": size, "global_1": size} | {f"local_{j}": size // 2 for j in range(num_local)}
     return SimpleNamespace(
-        views={f"global_{i}": torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8, generator=generator) for i in (0, 1)}
+        views={name: torch.randint(0, 256, (n, 3, side, side), dtype=torch.uint8, generator=generator) for name, side in sizes.items()}
     )
 
 
@@ -114,20 +116,55 @@ def test_views_of_one_size_may_share_a_forward_where_there_is_no_batchnorm():
     assert pretrain_model(encoder="timm/test_vit").joint and not pretrain_model(encoder="timm/test_resnet").joint
 
 
-def test_batchnorm_sees_one_view_at_a_time():
-    model = pretrain_model()
+def rows_seen(model, module, num_local=3):
+    """The number of rows of each call of a module while 2 global and some local views of 6 samples go through the model."""
     seen = []
-    first = next(m for m in model.encoder.modules() if isinstance(m, nn.BatchNorm2d))
-    first.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
-    model(batch(6))
-    assert seen == [6, 6]
+    module.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
+    model(batch(6, num_local=num_local))
+    return seen
+
+
+def test_batchnorm_sees_one_view_at_a_time():
+    model = pretrain_model(num_local=3)
+    assert rows_seen(model, next(m for m in model.encoder.modules() if isinstance(m, nn.BatchNorm2d))) == [6] * 5
+    model = pretrain_model(num_local=3)
+    assert rows_seen(model, model.expander) == [6] * 5
+
+
+def test_layernorm_networks_take_all_views_of_a_resolution_at_once():
+    model = pretrain_model(num_local=3, encoder="timm/test_vit")
+    assert rows_seen(model, model.encoder) == [12, 18]
+
+
+def test_either_way_by_argument():
+    model = pretrain_model(joint=False, num_local=3, encoder="timm/test_vit")
+    assert rows_seen(model, model.encoder) == [6] * 5
+    model = pretrain_model(joint=True, num_local=3)
+    assert rows_seen(model, model.encoder) == [12, 18]
+    model = pretrain_model(num_local=3, joint_expander=True)
+    assert rows_seen(model, model.expander) == [12, 18]
+
+
+def test_views_of_two_resolutions_are_scored_alike_together_or_apart():
+    """A ViT interpolates its position embeddings for the smaller ones."""
+    losses = [pretrain_model(joint, "timm/test_vit", num_local=3).eval()(batch(num_local=3))[0] for joint in (True, False)]
+    torch.testing.assert_close(*losses)
+
+
+@pytest.mark.parametrize("norm", ["batch", "layer"])
+def test_batchnorm_in_a_joint_expander_normalises_over_the_views_of_a_resolution_and_layernorm_does_not_care(norm):
+    apart, together = (
+        pretrain_model(num_local=2, joint_expander=joint, norm=norm).train()(batch(num_local=2))[0] for joint in (False, True)
+    )
+    assert torch.allclose(apart, together, rtol=1e-4) == (norm == "layer")
 
 
 @pytest.mark.parametrize("encoder", ["timm/test_vit", "timm/test_resnet"])
 def test_a_rank_without_a_good_record_still_encodes(encoder):
     """Nothing, but with a gradient path, so that the collectives of the backward pass are joined."""
-    model = pretrain_model(encoder=encoder).eval()
-    features = model.encode(batch(0).views)
+    model = pretrain_model(encoder=encoder, num_local=2).eval()
+    features = model.encode(batch(0, num_local=2).views)
+    assert list(features) == ["global_0", "global_1", "local_0", "local_1"]
     assert {tuple(f.shape) for f in features.values()} == {(0, model.encoder.num_features)}
     sum(f.sum() for f in features.values()).backward()
 
@@ -136,4 +173,42 @@ def test_missing_views_are_named_on_both_sides():
     with pytest.raises(
         ValueError, match=r"needs the views global_0, global_1, but the loader offers only global_0, local_0; missing: global_1"
     ):
-        pretrain_model().check_views(("global_0", "local_0"))
+        pretrain_model().check_views({"global_0": 64, "local_0": 32})
+    with pytest.raises(
+        ValueError, match="needs the views global_0, global_1, local_0, but the loader offers only global_0, global_1; missing"
+    ):
+        pretrain_model(num_local=1).check_views({"global_0": 64, "global_1": 64})
+
+
+def test_views_that_nobody_looks_at_are_not_made():
+    with pytest.raises(
+        ValueError, match="the loader makes the views local_0, local_1 in vain: the objective needs only global_0, global_1"
+    ):
+        pretrain_model().check_views({"global_0": 64, "global_1": 64, "local_0": 32, "local_1": 32})
+
+
+@pytest.mark.parametrize(
+    ("encoder", "local", "message"),
+    [
+        (
+            "timm/test_vit",
+            40,
+            "view local_0 has 40 pixels, no multiple of the patch of encoder 'timm/test_vit', 16 pixels; choose 32 or 48",
+        ),
+        ("timm/test_vit", 8, "choose 16$"),
+        ("timm/mixer_s16_224", 32, "view local_0 has 32 pixels, but encoder 'timm/mixer_s16_224' takes images of 64 pixels only"),
+        ("open_clip/ViT-S-32", 32, "view local_0 has 32 pixels, but encoder 'open_clip/ViT-S-32' takes images of 64 pixels only"),
+        ("timm/test_vit", 32, None),
+        ("timm/test_resnet", 37, None),
+        ("timm/test_convnext", 37, None),
+    ],
+)
+def test_a_view_that_the_encoder_cannot_take_is_named_before_the_first_step(encoder, local, message):
+    model = pretrain_model(encoder=encoder, num_local=1)
+    offered = {"global_0": 64, "global_1": 64, "local_0": local}
+    if message is None:
+        model.check_views(offered)
+        model(SimpleNamespace(views={name: torch.zeros(2, 3, side, side, dtype=torch.uint8) for name, side in offered.items()}))
+    else:
+        with pytest.raises(ValueError, match=message):
+            model.check_views(offered)

@@ -111,7 +111,7 @@ def test_the_statistics_of_a_view_are_computed_once(monkeypatch):
 
     monkeypatch.setattr("vicreg_mm.objectives.graph.global_terms", counting)
     objectives.build("multicrop", num_local=8)(crops(8))
-    (views, num_edges), = asked
+    ((views, num_edges),) = asked
     assert len(views) == len(set(views)) == 10 and num_edges == 17
 
 

@@ -3,17 +3,20 @@
 import math
 
 import pytest
+import timm
 import torch
+from timm.optim import param_groups_layer_decay
 from torch import nn
 
 from vicreg_mm.config import OptimConfig
-from vicreg_mm.optim import LARS, Schedule, build_optimizer, parameter_groups, set_lr
+from vicreg_mm.encoders import build_vision
+from vicreg_mm.optim import LARS, Schedule, build_optimizer, parameter_groups, set_rates
 
 
 def test_only_parameters_of_two_dimensions_are_decayed():
     module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2))
     module.register_parameter("scale", nn.Parameter(torch.ones(())))
-    decayed, spared = parameter_groups(module, 0.1)
+    decayed, spared = parameter_groups(module, OptimConfig(weight_decay=0.1))
     assert [p.ndim for p in decayed["params"]] == [4, 2] and decayed["weight_decay"] == 0.1
     assert all(p.ndim <= 1 for p in spared["params"]) and len(spared["params"]) == 5 and spared["weight_decay"] == 0.0
 
@@ -21,7 +24,73 @@ def test_only_parameters_of_two_dimensions_are_decayed():
 def test_frozen_parameters_are_in_no_group():
     module = nn.Linear(3, 2)
     module.weight.requires_grad_(False)
-    assert [len(group["params"]) for group in parameter_groups(module, 0.1)] == [1]
+    assert [len(group["params"]) for group in parameter_groups(module, OptimConfig())] == [1]
+
+
+class Wrapped(nn.Module):
+    """An encoder beside something else that learns."""
+
+    def __init__(self, name, **options):
+        super().__init__()
+        self.encoder = build_vision(name, **options)
+        self.expander = nn.Linear(self.encoder.num_features, 5)
+
+
+def scales_of(module, **settings):
+    """Parameter's name -> (lr_scale, decay_scale)."""
+    names = {p: name for name, p in module.named_parameters()}
+    groups = parameter_groups(module, OptimConfig(**settings))
+    assert sum(len(group["params"]) for group in groups) == len(names)
+    assert len({(group["lr_scale"], group["decay_scale"]) for group in groups}) == len(groups)
+    return {names[p]: (group["lr_scale"], group["decay_scale"]) for group in groups for p in group["params"]}
+
+
+@pytest.mark.parametrize("name", ["timm/test_vit", "timm/test_vit2", "timm/test_convnext", "timm/resnet10t", "timm/convnext_atto"])
+def test_layers_learn_at_timms_rates(name):
+    """timm counts from its classifier; the expander stands in its place. (test_vit2 has a norm behind the pooling.)"""
+    found = scales_of(Wrapped(name), layer_decay=0.9)
+    theirs = timm.create_model(name.removeprefix("timm/"), num_classes=7)
+    names = {p: f"encoder.net.{key}" for key, p in theirs.named_parameters()}
+    groups = param_groups_layer_decay(theirs, weight_decay=0.1, layer_decay=0.9)
+    expected = {names[p]: (g["lr_scale"], float(g["weight_decay"] > 0)) for g in groups for p in g["params"]}
+    assert len(set(found.values())) > 5
+    for key, (lr_scale, decay_scale) in found.items():
+        reference = (1.0, float(key.endswith("weight"))) if key.startswith("expander") else expected[key]
+        assert (lr_scale, decay_scale) == (pytest.approx(reference[0], rel=1e-12), reference[1]), key
+
+
+@pytest.mark.parametrize("name", ["torchvision/resnet18", "open_clip/ViT-S-32"])
+def test_the_layers_of_other_libraries_are_counted_as_timms(name):
+    layers = build_vision(name).layers_after()
+    if name.startswith("torchvision"):
+        assert layers == build_vision("timm/resnet18").layers_after()
+    else:
+        assert layers["conv1.weight"] == layers["positional_embedding"] == layers["ln_pre.bias"] == 13
+        assert layers["transformer.resblocks.0.attn.in_proj_weight"] == 12
+        assert layers["transformer.resblocks.11.mlp.c_fc.weight"] == layers["ln_post.weight"] == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "after"),
+    [("timm/test_vit", "patch_embed.proj.", 7), ("timm/test_convnext", "stem.0.", 10), ("open_clip/ViT-S-32", "conv1.", 13)],
+)
+def test_the_patch_embedding_learns_slower_still(name, first, after):
+    module = Wrapped(name)
+    plain, slow = scales_of(module, layer_decay=0.9), scales_of(module, layer_decay=0.9, patch_lr_scale=0.2)
+    changed = [key for key in plain if plain[key] != slow[key]]
+    assert changed and all(key.startswith(f"encoder.net.{module.encoder.patch_embedding}") for key in changed)
+    assert slow[f"encoder.net.{first}weight"][0] == pytest.approx(0.2 * 0.9**after)
+
+
+def test_a_scale_that_an_encoder_has_no_place_for_is_refused():
+    with pytest.raises(ValueError, match=r"patch_lr_scale 0.2 has no effect: encoder 'timm/resnet10t' has no patch embedding"):
+        parameter_groups(Wrapped("timm/resnet10t"), OptimConfig(patch_lr_scale=0.2))
+
+
+def test_layer_scale_and_biases_are_not_decayed_and_position_embeddings_are():
+    found = scales_of(Wrapped("timm/test_vit", layer_scale=1e-5))
+    assert found["encoder.net.blocks.0.ls1.gamma"] == (1.0, 0.0) == found["encoder.net.blocks.0.attn.qkv.bias"]
+    assert found["encoder.net.pos_embed"] == (1.0, 1.0)
 
 
 def lars_by_hand(w, gradients, lr, momentum, decay, eta):
@@ -72,11 +141,21 @@ def test_a_schedule_without_warmup_starts_at_the_peak():
     assert Schedule(peak=3.0, total=10).lr(0) == 3.0
 
 
-def test_the_rate_reaches_every_group_at_its_own_scale():
+def test_rate_and_decay_reach_every_group_at_its_own_scale():
     p, q = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2))
-    optimizer = build_optimizer([{"params": [p]}, {"params": [q], "lr_scale": 0.2}], OptimConfig(name="adamw"))
-    set_lr(optimizer, 0.5)
-    assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.1]
+    groups = [{"params": [p], "lr_scale": 1.0, "decay_scale": 1.0}, {"params": [q], "lr_scale": 0.2, "decay_scale": 0.0}]
+    optimizer = build_optimizer(groups, OptimConfig(name="adamw"))
+    set_rates(optimizer, 0.5, 0.3)
+    assert [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups] == [(0.5, 0.3), (0.1, 0.0)]
+
+
+def test_the_weight_decay_goes_from_start_to_end_on_a_cosine_over_the_whole_run():
+    schedule = Schedule(peak=1.0, total=100, warmup=10, decay=(0.04, 0.4))
+    assert schedule.weight_decay(0) == pytest.approx(0.04)
+    assert schedule.weight_decay(50) == pytest.approx(0.22)
+    assert schedule.weight_decay(25) == pytest.approx(0.4 + (0.04 - 0.4) * 0.5 * (1 + math.cos(math.pi / 4)))
+    assert schedule.weight_decay(100) == pytest.approx(0.4)
+    assert Schedule(peak=1.0, total=100, decay=(0.1, 0.1)).weight_decay(37) == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize(("name", "kind"), [("adamw", torch.optim.AdamW), ("sgd", torch.optim.SGD), ("lars", LARS)])

@@ -44,7 +44,7 @@ def test_a_recipe_builds_in_miniature(path):
     config = parse(recipe(path.stem), ["--smoke"])
     model = build_model(config)
     deepspeed_settings(config, 1, torch.device("cpu"))
-    assert build_optimizer(parameter_groups(model, config.optim.weight_decay), config.optim)
+    assert build_optimizer(parameter_groups(model, config.optim), config.optim)
 
 
 def test_the_standard_recipe_is_the_documents():

@@ -102,6 +102,29 @@ def test_drop_path_rises_to_the_given_rate():
     assert encoder.net.blocks[-1].drop_path1.drop_prob == pytest.approx(0.3)
 
 
+def test_layer_scale_starts_where_it_is_told():
+    assert (build_vision("timm/test_vit", layer_scale=1e-5).net.blocks[0].ls1.gamma == 1e-5).all()
+    assert not any("gamma" in name for name in build_vision("timm/test_vit").net.state_dict())
+    for start, expected in ((0.0, 1e-6), (1e-5, 1e-5)):
+        assert (build_vision("timm/convnext_atto", layer_scale=start).net.stages[0].blocks[0].gamma == expected).all()
+    assert (build_vision("open_clip/ViT-S-32", layer_scale=0.1).net.transformer.resblocks[0].ls_1.gamma == 0.1).all()
+
+
+def test_the_patch_of_a_vit_can_be_chosen():
+    encoder = build_vision("timm/test_vit", image_size=32, patch_size=4)
+    assert encoder.patch_size == 4 and encoder.net.patch_embed.num_patches == 64
+    assert encoder(torch.randn(2, 3, 16, 16)).shape == encoder(torch.randn(2, 3, 32, 32)).shape
+
+
+def test_the_position_embeddings_of_a_smaller_view_are_the_librarys_interpolation():
+    encoder = build_vision("timm/test_vit", image_size=64).eval()
+    small = build_vision("timm/test_vit", image_size=32).eval()
+    resampled = timm.layers.resample_abs_pos_embed(encoder.net.pos_embed, (2, 2), num_prefix_tokens=1)
+    small.net.load_state_dict({**encoder.net.state_dict(), "pos_embed": resampled})
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(encoder(images), small(images))
+
+
 CHECKPOINTED = [
     "torchvision/resnet18", "timm/resnet10t", "timm/mobilenetv3_small_050", "timm/test_vit", "timm/convnext_atto", "open_clip/ViT-S-32",
 ]  # fmt: skip
@@ -157,6 +180,12 @@ def test_activation_checkpointing_keeps_fewer_activations_and_can_be_switched_of
     ({"name": "timm/test_vit", "image_size": 100}, "image_size 100 is no multiple of the patch of encoder 'timm/test_vit', 16 pixels"),
     ({"name": "open_clip/ViT-S-32", "image_size": 100}, "no multiple of the patch"),
     ({"name": "resnet18", "image_size": 0}, "image_size 0; expected at least 1 pixel"),
+    ({"name": "resnet18", "layer_scale": 1e-5}, "layer_scale=1e-05 has no effect on encoder 'torchvision/resnet18'"),
+    ({"name": "timm/resnet18", "layer_scale": 1e-5}, "layer_scale=1e-05 has no effect"),
+    ({"name": "timm/convnext_atto", "patch_size": 8}, "patch_size=8 has no effect"),
+    ({"name": "resnet18", "patch_size": 8}, "patch_size=8 has no effect"),
+    ({"name": "open_clip/ViT-S-32", "patch_size": 8}, "patch_size=8 has no effect"),
+    ({"name": "timm/test_vit", "patch_size": 0}, "patch_size 0; expected at least 1 pixel"),
     ({"name": "timm/test_vit", "drop_path": 1.0}, "drop_path 1.0; expected a rate"),
     ({"name": "resnet18", "stem": "tiny"}, "unknown stem 'tiny'; known: imagenet, cifar"),
     ({"name": "timm/test_vit", "pooling": "max"}, "unknown pooling 'max'; known: token, avg"),

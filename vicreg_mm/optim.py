@@ -33,7 +33,7 @@ def parameter_groups(module: nn.Module, config: OptimConfig) -> list[dict]:
             group["params"].append(p)
     for group in groups.values():
         group["weight_decay"] = config.weight_decay * group["decay_scale"]
-    return list(groups.values())
+    return [groups[key] for key in sorted(groups, reverse=True)]
 
 
 def _encoder_scales(encoder: VisionEncoder, layer_decay: float, patch_lr_scale: float) -> dict[str, float]:
