@@ -5,10 +5,11 @@ optionally `module.after_step(progress)`. A detection model fits it as well as a
 """
 
 import math
+import resource
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,9 @@ from vicreg_mm import checkpoint, distributed, monitor
 from vicreg_mm import config as configs
 from vicreg_mm.config import ConfigError, RunConfig
 from vicreg_mm.optim import Schedule, set_rates
+
+
+_MAXRSS_PER_GIB = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, kibibytes elsewhere
 
 
 class NonFiniteLoss(ValueError):
@@ -64,7 +68,7 @@ def train(engine: Any, batches: Iterable[tuple[Any, Any]], t: Training, device: 
     last = checkpoint.folder_of(t.run, t.step) if t.step >= t.schedule.total else None
     try:
         with _StopRequest() as stop:
-            for _, batch in batches:
+            for batch in loop.awaited(batches):
                 if t.step >= t.schedule.total:
                     break
                 loop.step(batch)
@@ -134,7 +138,19 @@ class _Loop:
         self.bad_said = self.bad
         self.advised: set[str] = set(t.journal.get("advised", ()))
         self.window = (time.perf_counter(), t.step)
+        self.waited = 0.0
         self.grad_norm: Any = None
+
+    def awaited(self, batches: Iterable[tuple[Any, Any]]) -> Iterator[Any]:
+        """The batches, with the time taken that the loop waits for each."""
+        iterator = iter(batches)
+        while True:
+            begun = time.perf_counter()
+            _, batch = next(iterator, (None, None))
+            self.waited += time.perf_counter() - begun
+            if batch is None:
+                return
+            yield batch
 
     def step(self, batch: Any) -> None:
         """One optimizer step."""
@@ -184,12 +200,14 @@ class _Loop:
             metrics.update(self._gauges())
         now, since = time.perf_counter(), self.window
         metrics["perf/images_per_second"] = (t.step - since[1]) * t.config.batch / max(1e-9, now - since[0]) if t.step > since[1] else None
-        self.window = (now, t.step)
+        metrics["perf/data_wait"] = min(1.0, self.waited / max(1e-9, now - since[0]))
+        self.window, self.waited = (now, t.step), 0.0
         norm = self.engine.get_global_grad_norm() if self.grad_norm is None else self.grad_norm
         if norm is not None:
             metrics["optim/grad_norm"] = float(norm)
         if self.device.type == "cuda":
             metrics["perf/gpu_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
+        metrics["perf/host_memory_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / _MAXRSS_PER_GIB
         metrics["data/bad_records"] = self._count_bad()
         if self.log_file is not None:
             self.log_file.write(t.step, metrics)
@@ -222,7 +240,7 @@ class _Loop:
         if self.main:
             checkpoint.prune(t.run, t.config.checkpoint.keep)
         distributed.barrier()
-        self.window = (time.perf_counter(), t.step)
+        self.window, self.waited = (time.perf_counter(), t.step), 0.0
         return folder
 
     def say(self, message: str) -> None:
