@@ -13,7 +13,7 @@ import torch
 
 from vicreg_mm import distributed
 from vicreg_mm.command_line import parse
-from vicreg_mm.config import BUILTIN_DIGITS, ConfigError, RunConfig
+from vicreg_mm.config import ConfigError, RunConfig
 
 RESULTS = "evaluation.json"
 
@@ -142,6 +142,7 @@ class Data:
 
 def open_data(config: RunConfig) -> Data:
     """Open the shards that a configuration names."""
+    from vicreg_mm.input.builtin import shard_folder
     from vicreg_mm.input.loader import PretrainLoader
     from vicreg_mm.input.plan import Plan, Position, default_slots
     from vicreg_mm.input.presets import policy_of
@@ -179,23 +180,12 @@ def open_data(config: RunConfig) -> Data:
                 lambda step: loader.batches(Position(*divmod(step, plan.steps_per_epoch)), epochs=10**9))  # fmt: skip
 
 
-def shard_folder(name: str) -> str | Path:
-    """A folder or URL of shards as it is; "builtin:digits" and "builtin:digits:test" as the folders that hold them."""
-    if not name.startswith("builtin:"):
-        return name
-    splits = {BUILTIN_DIGITS: "train", BUILTIN_DIGITS + ":test": "test"}
-    if name not in splits:
-        raise ConfigError(f"unknown built-in data '{name}'; known: {', '.join(splits)}")
-    from vicreg_mm.input import builtin
-
-    return builtin.digits(splits[name])
-
-
 def open_evaluation(config: RunConfig) -> tuple[Any, Any] | None:
     """The loaders of the two labelled sets of the table at the end, or None where none is asked for; opened before the training, so that
     a mistake in them is not found after it. Raises ValueError for sets without labels, and for two that are the same."""
     if not config.evaluation.train:
         return None
+    from vicreg_mm.input.builtin import shard_folder
     from vicreg_mm.input.loader import LabelledLoader
     from vicreg_mm.input.shards import ShardIndex
     from vicreg_mm.input.views import EvalTransform

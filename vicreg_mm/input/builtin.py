@@ -8,6 +8,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from vicreg_mm.config import BUILTIN_DIGITS, ConfigError
 from vicreg_mm.input.shard_cache import cache_folder
 from vicreg_mm.input.shards import write_index
 from vicreg_mm.input.writing import write_tar
@@ -17,6 +18,16 @@ NUM_TEST = 297  # of 1,797
 NUM_SHARDS = {"train": 8, "test": 2}
 SIDE = 32
 EDITION = "digits-1"  # part of the cache folder's name; raise it when the shards change
+
+
+def shard_folder(name: str) -> str | Path:
+    """A folder or URL of shards as it is; "builtin:digits" and "builtin:digits:test" as the folders that hold them."""
+    if not name.startswith("builtin:"):
+        return name
+    splits = {BUILTIN_DIGITS: "train", BUILTIN_DIGITS + ":test": "test"}
+    if name not in splits:
+        raise ConfigError(f"unknown built-in data '{name}'; known: {', '.join(splits)}")
+    return digits(splits[name])
 
 
 def digits(split: str, folder: str | Path | None = None) -> Path:

@@ -77,18 +77,23 @@ def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
     return np.ascontiguousarray(resized[0].permute(1, 2, 0).numpy())
 
 
-def warp(image: np.ndarray, affine: Affine) -> np.ndarray:
-    """`image` [H, W, 3] mapped by `affine`, bilinear, black where nothing was.
+def affine_matrix(affine: Affine, height: int, width: int) -> np.ndarray:
+    """[2, 3]: where `affine` takes the pixel at index (x, y) of an image; pixel centres have whole indices.
 
     centre + shift, after rotation, shear and zoom about the centre: torchvision's RandomAffine with one shear angle.
     """
-    height, width = image.shape[:2]
     angle, shear = math.radians(affine.rotation), math.radians(affine.shear)
     rotation = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
     linear = affine.zoom * rotation @ np.array([[1.0, -math.tan(shear)], [0.0, 1.0]])
     centre = np.array([(width - 1) / 2, (height - 1) / 2])  # of pixel indices
     offset = centre + np.array([affine.shift[0] * width, affine.shift[1] * height]) - linear @ centre
-    return cv2.warpAffine(image, np.column_stack([linear, offset]), (width, height), flags=cv2.INTER_LINEAR)
+    return np.column_stack([linear, offset])
+
+
+def warp(image: np.ndarray, affine: Affine) -> np.ndarray:
+    """`image` [H, W, 3] mapped by `affine`, bilinear, black where nothing was."""
+    height, width = image.shape[:2]
+    return cv2.warpAffine(image, affine_matrix(affine, height, width), (width, height), flags=cv2.INTER_LINEAR)
 
 
 def apply_geometry(image: np.ndarray, geometry: Geometry, size: int) -> np.ndarray:
