@@ -27,7 +27,14 @@ def _objectives(arguments: list[str]) -> None:
         print(f"{name}{inspect.signature(builder)}\n    {(inspect.getdoc(builder) or '').splitlines()[0]}")
 
 
-PROGRAMS = {"shards": _shards, "objectives": _objectives}
+def _views(arguments: list[str]) -> None:
+    """views RECIPE --out FILE     draw the crops that a recipe makes of a few samples, with their boxes on the originals"""
+    from vicreg_mm import draw_views
+
+    draw_views.main(arguments)
+
+
+PROGRAMS = {"shards": _shards, "objectives": _objectives, "views": _views}
 
 
 def main() -> None:

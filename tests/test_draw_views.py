@@ -1,0 +1,206 @@
+"""The picture of the views: what stands on it is what a run is given, where it came from; and the command that draws it."""
+
+import dataclasses
+import itertools
+import sys
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.shard_makers import jpeg, write_set
+from vicreg_mm import cli, draw_views
+from vicreg_mm.config import BUILTIN_DIGITS, InputConfig, RunConfig
+from vicreg_mm.input.geometry import Affine, Geometry, warp
+from vicreg_mm.input.shards import write_index
+from vicreg_mm.input.view_sheet import COLOURS, Picture, outline, sheet
+from vicreg_mm.input.views import ViewPolicy, ViewSpec
+from vicreg_mm.pretrain import open_data
+
+SMALL = InputConfig(views="digits", image_size=32, local_size=16, workers=0)
+
+
+def config_of(shards, **settings):
+    return RunConfig("small", dataclasses.replace(SMALL, shards=str(shards)), num_local=2, batch=6, **settings)
+
+
+def recipe(folder, text="CONFIG = RunConfig('small', InputConfig(image_size=32, local_size=16), num_local=2, batch=6)"):
+    path = folder / "recipe.py"
+    path.write_text(f"from vicreg_mm.config import InputConfig, RunConfig\n{text}\nassert __name__ != '__main__'\n")
+    return str(path)
+
+
+@pytest.fixture
+def command(monkeypatch):
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["vicreg-mm", "views", *map(str, arguments)])
+        cli.main()
+
+    return run
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """What the command hands to `sheet`, in place of a drawing."""
+    calls = []
+
+    def draw(samples, policy, title):
+        calls.append((samples, policy, title))
+        return Image.new("RGB", (4, 4))
+
+    monkeypatch.setattr(draw_views, "sheet", draw)
+    return calls
+
+
+# The picture
+
+
+def test_the_crops_on_the_sheet_are_those_that_a_run_is_given_pixel_for_pixel(digits):
+    config = config_of(digits["train"], seed=3)
+    data = open_data(config)
+    position, batch = next(data.batches(2 * data.steps_per_epoch))
+    assert (position.epoch, position.step) == (2, 0)
+    samples = list(itertools.islice(draw_views.records(config, epoch=2), 2))
+    page = np.array(sheet(samples, draw_views.policy_of(config), "title"))
+    assert len(batch.views) == 4
+    for views in batch.views.values():
+        for view in views[:2].numpy():
+            crop = view.transpose(1, 2, 0).repeat(7, 0).repeat(7, 1)
+            _, _, (left, top), _ = cv2.minMaxLoc(cv2.matchTemplate(page[..., 0], crop[..., 0], cv2.TM_SQDIFF))
+            np.testing.assert_array_equal(page[top : top + len(crop), left : left + len(crop)], crop)
+
+
+@pytest.mark.parametrize("affine", [None, Affine(25.0, (0.1, -0.06), 1.3, 12.0), Affine(-12.0, (-0.08, 0.05), 0.9, -10.0)])
+def test_what_lies_within_the_outline_on_the_original_fills_the_box_and_nothing_else(affine):
+    geometry = Geometry((60, 110, 90, 120), affine=affine)
+    image = np.zeros((240, 320, 3), np.uint8)
+    # OpenCV counts from the centre of the first pixel
+    cv2.fillConvexPoly(image, np.rint((outline(geometry, 240, 320) - 0.5) * 16).astype(np.int32), (255, 255, 255), shift=4)
+    mapped = image if affine is None else warp(image, affine)
+    assert mapped[63:147, 113:227].min() == 255  # less the blurred edge
+    mapped[57:153, 107:233] = 0
+    assert mapped.max() == 0
+
+
+@pytest.mark.parametrize("affine, corners", [
+    (Affine(0.0, (0.25, 0.0), 1.0, 0.0), [(-8, 0), (24, 0), (24, 16), (-8, 16)]),
+    (Affine(180.0, (0.0, 0.0), 1.0, 0.0), [(32, 16), (0, 16), (0, 0), (32, 0)]),
+    (Affine(0.0, (0.0, 0.0), 0.5, 0.0), [(-16, -8), (48, -8), (48, 24), (-16, 24)]),
+])  # fmt: skip
+def test_the_corners_of_the_whole_mapped_image_are_where_they_must_be(affine, corners):
+    """Shifted by a quarter, upside down, half as large: to no half pixel's error, and beyond the image where the box is."""
+    np.testing.assert_allclose(outline(Geometry((0, 0, 16, 32), affine=affine), 16, 32), corners, atol=1e-12)
+
+
+def test_the_box_is_drawn_where_the_geometry_has_it():
+    """The image is 320 px high, hence drawn as it is. A line may share its last pixel with what is beside it."""
+    image = np.full((320, 400, 3), (90, 160, 210), np.uint8)
+    policy = ViewPolicy((ViewSpec("global_0", 64, scale=(0.2, 0.4)),))
+    key = (0, 0, 0, 1)
+    page = np.asarray(sheet([Picture("plain", image, key)], policy, "title"))
+    panel = page[:, : 24 + 400]  # a margin, then the original
+    start = np.argwhere((panel == image[0, 0]).all(2)).min(0)
+    line = np.argwhere((panel == np.array(bytearray.fromhex(COLOURS[0][1:]))).all(2)) - start
+    top, left, height, width = policy.sample(320, 400, key)["global_0"][0].box
+    np.testing.assert_allclose([*line.min(0), *line.max(0) + 1], [top, left, top + height, left + width], atol=1)
+
+
+@pytest.mark.parametrize("height, width", [(1, 1), (3, 900), (900, 3), (700, 500)])
+def test_an_image_of_any_shape_is_drawn(height, width):
+    picture = Picture("odd", np.zeros((height, width, 3), np.uint8), (0, 0, 0, 0))
+    page = sheet([picture], draw_views.policy_of(dataclasses.replace(config_of("", seed=1), num_local=20)), "a title " * 50)
+    assert page.width < 2000 and page.height < 1500
+
+
+# The samples
+
+
+def test_a_sample_that_cannot_be_used_is_named_and_the_next_one_is_taken(tmp_path, command, capsys):
+    def make(number):
+        return {"__key__": f"{number:06d}", "jpg": b"no image" if number % 2 else jpeg(number)}
+
+    write_index(write_set(tmp_path / "shards", [4, 4], make))
+    command(recipe(tmp_path), "--out", tmp_path / "v.png", "--input.shards", tmp_path / "shards", "--samples", 4)
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert last == f"{tmp_path / 'v.png'}: 3 samples, 4 views each"  # of the batch of 6 that is an epoch
+    assert len(lines) == 3 and all("left out: shard 's-0" in line and "bad image (8 bytes" in line for line in lines)
+
+
+def test_resampled_shards_are_shown_from_their_first_row_on(digits, capsys):
+    config = config_of(digits["train"])
+    config = dataclasses.replace(config, input=dataclasses.replace(config.input, mode="resampled", steps_per_epoch=1))
+    keys = [picture.key for picture in itertools.islice(draw_views.records(config, epoch=4), 3)]
+    assert keys == [(0, 4, 0, 0), (0, 4, 0, 1), (0, 4, 0, 2)]
+    assert "these are the first of the shards" in capsys.readouterr().out
+
+
+def test_a_recipe_without_data_is_drawn_on_two_photos_with_its_own_views(tmp_path, command, drawn, capsys):
+    command(recipe(tmp_path), "--out", tmp_path / "v.png", "--epoch", 5, "--seed", 7, "--num_local=3")
+    [(samples, policy, title)] = drawn
+    assert [(sample.name, sample.key) for sample in samples] == [("china.jpg", (7, 5, 0, 0)), ("flower.jpg", (7, 5, 0, 1))]
+    assert policy.view_sizes == {"global_0": 32, "global_1": 32, "local_0": 16, "local_1": 16, "local_2": 16}
+    assert title == "small: preset document, 2 global views (32 px) + 3 local (16 px), data scikit-learn's photos, epoch 5"
+    assert capsys.readouterr().out.splitlines() == [
+        "small names no data: scikit-learn's photos stand in for it; give --input.shards FOLDER",
+        f"{tmp_path / 'v.png'}: 2 samples, 5 views each",
+    ]
+
+
+def test_the_smoke_profile_is_drawn_on_the_digits(tmp_path, command, drawn, digits, monkeypatch):
+    monkeypatch.setattr(draw_views, "shard_folder", {BUILTIN_DIGITS: digits["train"]}.__getitem__)
+    command(recipe(tmp_path), "--out", tmp_path / "v.png", "--smoke", "--samples", 1)
+    [(samples, _, title)] = drawn
+    assert samples[0].image.shape == (32, 32, 3) and title.startswith("small, smoke profile: ")
+
+
+# The command
+
+
+@pytest.mark.parametrize("name", ["v.png", "v.JPG", "v.webp"])
+def test_the_command_writes_the_picture_and_nothing_else(tmp_path, command, digits, capsys, name):
+    (tmp_path / "out").mkdir()
+    out = tmp_path / "out" / name
+    command(recipe(tmp_path), "--out", out, "--input.shards", digits["test"], "--samples", 1, "--input.views", "digits")
+    assert capsys.readouterr().out == f"{out}: 1 sample, 4 views each\n"
+    assert [path.name for path in out.parent.iterdir()] == [name]
+    with Image.open(out) as image:
+        assert image.width > 800 and image.getpixel((0, 0)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--out", "v.gif"], "--out v.gif: the picture's name must end in .png, .jpg, .webp"),
+    (["--out", "nowhere/v.png"], "--out nowhere/v.png: there is no folder nowhere"),
+    (["--out", "v.png", "--samples", "0"], "--samples 0; a picture holds 1 to 24"),
+    (["--out", "v.png", "--samples", "four"], "argument --samples: invalid int value: 'four'"),
+    (["--out", "v.png", "--epoch", "-1"], "--epoch -1; epochs count from 0"),
+    (["--out", "v.png", "--num_locals", "4"], "unknown option --num_locals; closest: --num_local"),
+    (["--out", "v.png", "--input.shards", "nowhere"], "nowhere has no index.json; write it with `vicreg-mm shards index nowhere`"),
+    ([], "the following arguments are required: --out"),
+])  # fmt: skip
+def test_a_wrong_option_ends_in_one_line_and_leaves_nothing(tmp_path, monkeypatch, command, capsys, words, message):
+    path = recipe(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        command(path, *words)
+    assert stop.value.code == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"vicreg-mm: error: {message}")
+    assert not list(tmp_path.glob("*v.*"))
+
+
+def test_a_file_that_is_no_recipe_is_refused(tmp_path):
+    (tmp_path / "notes.md").write_text("# notes")
+    for path in (recipe(tmp_path, text="config = RunConfig('small')"), str(tmp_path / "notes.md")):
+        with pytest.raises(ValueError, match=r"is no recipe: a recipe is a Python file that defines CONFIG = RunConfig\(...\)"):
+            draw_views.load_recipe(path)
+    with pytest.raises(ValueError, match="no such recipe: nowhere"):
+        draw_views.load_recipe("nowhere")
+
+
+def test_a_picture_that_cannot_be_written_leaves_the_old_one(tmp_path):
+    out = tmp_path / "v.jpg"
+    out.write_bytes(b"old")
+    with pytest.raises((OSError, ValueError)):
+        draw_views.save(Image.new("RGB", (1, 70_000)), out)  # more than a JPEG can hold
+    assert [path.name for path in tmp_path.iterdir()] == ["v.jpg"] and out.read_bytes() == b"old"
