@@ -70,6 +70,15 @@ def test_a_malformed_value_is_one_line_with_its_name(arguments, message):
         (["--optim.name", "lars", "--optim.betas", "0.9", "0.95"], "has no effect: optim.name lars has none"),
         (["--evaluation.limit", "5"], "evaluation.limit 5 has no effect: evaluation.train is empty"),
         (["--input.mode", "resampled", "--input.steps_per_epoch", "3", "--input.slots", "8"], "input.slots 8 has no effect"),
+        (["--num_local", "-1"], "num_local is -1; it cannot be negative"),
+        (["--input.local_size", "64"], "--input.local_size has no effect without local views; give --num_local"),
+        (["--input.local-scale", "0.1", "0.2"], "--input.local-scale has no effect without local views"),
+        (["--num_local", "2", "--input.local_size", "0"], "input.local_size is 0; it must be positive"),
+        (["--optim.layer_decay", "1.5"], "optim.layer_decay is 1.5; it is a factor above 0 and at most 1"),
+        (["--optim.patch_lr_scale", "0"], "optim.patch_lr_scale is 0.0; it is a factor above 0"),
+        (["--optim.final_weight_decay", "-0.1"], "optim.final_weight_decay is -0.1; it cannot be negative"),
+        (["--optim.max_lr", "-1"], "optim.max_lr is -1"),
+        (["--encoder.layer_scale", "-1"], "encoder.layer_scale is -1"),
     ],
 )
 def test_a_setting_that_cannot_be_is_refused_by_name(changes, message):
@@ -110,6 +119,22 @@ def test_differences_list_what_moves_the_loss_and_nothing_else():
 
 def test_the_peak_rate_scales_with_the_batch():
     assert parse(RECIPE, ["--batch", "512"]).peak_lr == pytest.approx(2e-3 / 4)
+    assert parse(RECIPE, ["--batch", "8192", "--optim.max_lr", "3e-3"]).peak_lr == 3e-3
+    assert parse(RECIPE, ["--batch", "512", "--optim.max_lr", "3e-3"]).peak_lr == pytest.approx(2e-3 / 4)
+
+
+@pytest.mark.parametrize(
+    ("encoder", "toy", "size"),
+    [
+        ("timm/vit_large_patch16_224", "test_vit", 64),
+        ("timm/convnext_tiny", "test_convnext", 64),
+        ("torchvision/resnet50", "test_resnet", 32),
+    ],
+)
+def test_the_smoke_profile_keeps_the_family_of_the_encoder_and_halves_the_local_views(encoder, toy, size):
+    recipe = dataclasses.replace(RECIPE, encoder=configs.EncoderConfig(name=encoder, patch_size=None), num_local=6)
+    config = parse(recipe, ["--smoke"])
+    assert (config.encoder.name, config.input.image_size, config.input.local_size, config.num_local) == (f"timm/{toy}", size, size // 2, 6)
 
 
 def test_importing_the_package_loads_no_engine_and_the_configuration_no_torch():

@@ -1,5 +1,6 @@
 """Batches: `vicreg_mm.input.loader`, and resampled ones: `vicreg_mm.input.streaming`."""
 
+import itertools
 import shutil
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ import torch
 from tests.shard_makers import jpeg, sample, write_set
 from vicreg_mm.input.loader import Batch, LabelledLoader, PretrainLoader
 from vicreg_mm.input.plan import Plan, Position
+from vicreg_mm.input.presets import build_policy
 from vicreg_mm.input.shards import ShardError, ShardIndex, write_index
 from vicreg_mm.input.streaming import ResampledLoader
 from vicreg_mm.input.views import EvalTransform, decode
@@ -113,6 +115,35 @@ def test_a_run_resumed_anywhere_goes_on_with_the_very_same_batches(folder, refer
         assert len(resumed) == len(reference) - begin
         for (position, batch), (expected_position, expected) in zip(resumed, reference[begin:], strict=True):
             assert position == expected_position and same(batch, expected)
+
+
+@pytest.fixture(scope="module")
+def crops(digits):
+    """A loader of real crops, 2 large and 4 small ones; and its first 6 batches."""
+    index, policy = ShardIndex.open(digits["train"]), build_policy("dino", 32, num_local=4, local_size=16)
+    plan = Plan(tuple(index.counts), batch=16, seed=3, slots=8)
+
+    def made(workers, **options):
+        return PretrainLoader(index, policy, plan, workers=workers, **options)
+
+    return made, list(itertools.islice(made(0).batches(Position(), 1), 6))
+
+
+def test_crops_are_the_same_with_0_and_8_workers(crops):
+    made, expected = crops
+    assert list(expected[0][1].views) == ["global_0", "global_1", "local_0", "local_1", "local_2", "local_3"]
+    assert expected[0][1].views["local_3"].shape == (16, 3, 16, 16)
+    found = list(itertools.islice(made(8).batches(Position(), 1), 6))
+    assert all(place == other and same(batch, wanted) for (place, batch), (other, wanted) in zip(found, expected, strict=True))
+
+
+def test_crops_are_the_same_after_a_resume_on_other_ranks_and_workers(crops):
+    made, expected = crops
+    for workers, begin in ((0, 4), (3, 2)):
+        position = expected[begin][0]
+        ranks = [made(workers, rank=rank, world_size=2).batches(position, 1) for rank in range(2)]
+        for (_, wanted), (_, first), (_, second) in zip(expected[begin:], *ranks, strict=False):
+            assert same(join([first, second]), wanted)
 
 
 def test_a_sample_gets_other_views_in_another_epoch(reference):

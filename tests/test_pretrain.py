@@ -39,6 +39,9 @@ def image(seed, side=32):
     return cv2.imencode(".png", pixels)[1].tobytes()
 
 
+MULTICROP = configs.ObjectiveConfig(name="multicrop")
+
+
 @pytest.fixture(scope="module")
 def damaged(tmp_path_factory):
     """64 images of which 3 cannot be decoded."""
@@ -88,6 +91,14 @@ def outcomes(digits, damaged, hopeless, tmp_path_factory):
         "word": config("word", objective=dataclasses.replace(tiny_config("", "").objective, options={"mu": "much"})),
         "local cache": config("local cache", input__cache=str(folder / "cache")),
         "epochs": config("epochs", steps=90, batch=32, monitor__log_every=1, monitor__gauge_every=7, expander__widths=(8,)),
+        "crops": config("crops", steps=2, num_local=3, input__local_size=16, objective=MULTICROP),
+        "no crops": config("no crops", objective=dataclasses.replace(MULTICROP, options={"num_local": 2})),
+        "crops in vain": config("crops in vain", num_local=2, input__local_size=16),
+        "crop size": config("crop size", num_local=1, input__local_size=20, encoder__name="timm/test_vit", objective=MULTICROP),
+        "crop scale": config("crop scale", num_local=1, input__local_scale=(0.3, 1.3), objective=MULTICROP),
+        "image size": config("image size", input__image_size=40, encoder__name="timm/test_vit"),
+        "patch rate": config("patch rate", optim__patch_lr_scale=0.2),
+        "layer scale": config("layer scale", encoder__layer_scale=1e-5),
         "other data": config("other data", steps=2),
         "other data again": config("other data", damaged, steps=2, resume=True),
     }
@@ -153,12 +164,31 @@ def test_gauges_and_gradient_norms_belong_to_their_step(outcomes):
         ("warm-up", "the warm-up of 460 steps is not shorter than the run of 3; lower --optim.warmup_epochs"),
         ("word", "objective vicreg with options {'mu': 'much'}"),
         ("local cache", "has no effect: the shards are local files"),
+        (
+            "no crops",
+            "the objective needs the views global_0, global_1, local_0, local_1, but the loader offers only global_0, global_1; "
+            "missing: local_0, local_1",
+        ),
+        ("crops in vain", "the loader makes the views local_0, local_1 in vain: the objective needs only global_0, global_1"),
+        ("crop size", "view local_0 has 20 pixels, no multiple of the patch of encoder 'timm/test_vit', 16 pixels; choose 16 or 32"),
+        ("crop scale", "view 'local_0': scale (0.3, 1.3); expected (low, high) with 0 < low <= high and at most 1"),
+        ("image size", "image_size 40 is no multiple of the patch"),
+        ("patch rate", "optim.patch_lr_scale 0.2 has no effect: encoder 'timm/test_resnet' has no patch embedding"),
+        ("layer scale", "layer_scale=1e-05 has no effect on encoder 'timm/test_resnet'"),
     ],
 )
 def test_what_cannot_start_says_why_and_leaves_no_run_directory(outcomes, name, message):
     run, result = outcomes[name]
     assert message in result
     assert not run.exists()
+
+
+def test_local_views_reach_loader_and_objective_by_one_setting(outcomes):
+    run, result = outcomes["crops"]
+    assert result == str(run)
+    line = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
+    assert {"loss/invariance/global_1-local_2", "loss/variance/local_0", "stats/std_mean/local_1"} <= set(line)
+    assert "loss/variance/local_3" not in line
 
 
 def test_a_resume_on_other_data_is_refused(outcomes):
@@ -194,6 +224,7 @@ def test_a_run_directory_holds_what_it_should(outcomes):
     gauges = ("stats/std_mean", "stats/std_min", "stats/std_max", "stats/collapsed_dims")
     for key in ("step", "epoch", "lr", *terms, *gauges, "perf/images_per_second"):
         assert key in line
+    assert 0 <= line["perf/data_wait"] <= 1 and 0.1 < line["perf/host_memory_gib"] < 100
     assert list(metrics(run, "stats/rank")) == [2]  # at the end; and every monitor.gauge_every steps
     assert list(run.glob("events.out.tfevents*"))
 

@@ -1,5 +1,6 @@
 """Every recipe is one readable page that parses, and runs its smoke profile on the same code path."""
 
+import dataclasses
 import importlib.util
 import os
 import signal
@@ -13,8 +14,10 @@ import pytest
 import torch
 
 from tests.tiny import metrics
+from vicreg_mm import config as configs
 from vicreg_mm import objectives
 from vicreg_mm.command_line import parse, smoke_profile
+from vicreg_mm.input.presets import policy_of
 from vicreg_mm.launch import deepspeed_settings
 from vicreg_mm.optim import build_optimizer, parameter_groups
 from vicreg_mm.pretrain import build_model
@@ -70,6 +73,33 @@ def test_the_vit_recipe_pools_by_class_token_or_mean():
     config = recipe("vit_b_imagenet")
     assert (config.encoder.pooling, config.epochs, config.peak_lr) == ("token", 300, 2e-3)
     assert parse(config, ["--input.shards", "x", "--encoder.pooling", "avg", "--epochs", "1000"]).encoder.pooling == "avg"
+
+
+def test_the_vit_l_recipe_is_dinov2s_schedule_on_the_documents_objective():
+    config = parse(recipe("vit_l_multicrop"), ["--input.shards", "x"])
+    views = policy_of(config).views
+    assert [(view.size, view.scale) for view in views] == [(224, (0.32, 1.0))] * 2 + [(96, (0.05, 0.32))] * 8
+    o, e = config.optim, config.encoder
+    assert (e.name, e.drop_path, e.layer_scale) == ("timm/vit_large_patch16_224", 0.3, 1e-5)
+    assert (o.name, o.layer_decay, o.patch_lr_scale, o.weight_decay, o.final_weight_decay, o.clip) == ("adamw", 0.9, 0.2, 0.04, 0.4, 3.0)
+    assert (o.warmup_epochs, config.engine.zero_stage, config.engine.precision) == (10, 2, "bf16")
+    peaks = {batch: parse(config, ["--input.shards", "x", "--batch", str(batch)]).peak_lr for batch in (256, 1024, 4096)}
+    assert peaks == {256: pytest.approx(5e-4), 1024: pytest.approx(2e-3), 4096: 2e-3}
+
+
+@pytest.mark.parametrize("name", ["vit_l_multicrop", "vit_s_multicrop"])
+def test_without_local_views_a_multicrop_recipe_is_vicreg(name):
+    config = parse(recipe(name), ["--smoke", "--num_local", "0"])
+    assert policy_of(config).view_names == ("global_0", "global_1")
+    assert build_model(config).objective.graph == objectives.build("vicreg").graph
+
+
+@pytest.mark.parametrize("name", ["vit_l_multicrop", "vit_s_multicrop"])
+def test_a_convnext_takes_the_place_of_the_vit_by_its_name_alone(name):
+    config = dataclasses.replace(recipe(name), encoder=dataclasses.replace(recipe(name).encoder, name="timm/convnext_atto"))
+    model = build_model(dataclasses.replace(config, expander=configs.ExpanderConfig(widths=(16, 16))))
+    model.check_views(policy_of(config).view_sizes)
+    assert parameter_groups(model, config.optim)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

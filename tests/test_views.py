@@ -1,5 +1,6 @@
 """Views: geometry against torchvision, distributions over many draws, randomness a pure function of the key."""
 
+import itertools
 import math
 
 import numpy as np
@@ -11,8 +12,9 @@ from PIL import Image
 from scipy.stats import kstest
 from sklearn.datasets import load_sample_image
 
+from vicreg_mm.config import InputConfig, RunConfig
 from vicreg_mm.input.geometry import BOX_DRAWS, Affine, Geometry, apply_geometry, resize, sample_box, warp
-from vicreg_mm.input.presets import PRESETS, build_policy
+from vicreg_mm.input.presets import PRESETS, build_policy, policy_of
 from vicreg_mm.input.views import EvalTransform, ViewPolicy, ViewSpec
 
 PHOTO = load_sample_image("china.jpg")  # [427, 640, 3]
@@ -87,7 +89,7 @@ def test_the_fall_back_is_the_largest_centred_box_within_the_ratio(height, width
 
 def test_the_same_key_gives_the_same_views():
     for preset in PRESETS:
-        one, two = (build_policy(preset, 32)(PHOTO, KEY) for _ in range(2))
+        one, two = (build_policy(preset, 32, num_local=3, local_size=16)(PHOTO, KEY) for _ in range(2))
         assert all((one[name] == two[name]).all() for name in one)
 
 
@@ -128,13 +130,10 @@ def test_the_draws_are_these_numbers():
 
 
 def test_more_views_leave_the_first_ones_as_they_were():
-    two = build_policy("dino", 32)
-    local = ViewSpec("local_0", 16, scale=(0.05, 0.4), flip=0.5, blur=0.5)
-    more = ViewPolicy((*two.views, local))
+    two, more = (build_policy("dino", 32, num_local=n, local_size=16) for n in (0, 2))
     views = more(PHOTO, KEY)
-    assert more.view_names == ("global_0", "global_1", "local_0")
-    assert more.view_sizes == {"global_0": 32, "global_1": 32, "local_0": 16}
-    assert views["local_0"].shape == (3, 16, 16)
+    assert more.view_sizes == {"global_0": 32, "global_1": 32, "local_0": 16, "local_1": 16}
+    assert views["local_0"].shape == (3, 16, 16) and (views["local_0"] != views["local_1"]).any()
     assert all((views[name] == view).all() for name, view in two(PHOTO, KEY).items())
 
 
@@ -173,6 +172,42 @@ def test_operations_come_as_often_as_the_preset_says(preset, blur, solarize):
             assert abs(share - expected) <= (0.05 if 0 < expected < 1 else 0)
 
 
+@pytest.mark.parametrize(("preset", "scale", "blur", "solarize"), [
+    ("document", (0.08, 0.4), (0.5, 0.5), (0.2, 0.2)), ("official", (0.08, 0.4), (1.0, 0.1), (0.0, 0.2)),
+    ("paper", (0.08, 0.4), (0.5, 0.5), (0.1, 0.1)), ("dino", (0.05, 0.4), (0.5, 0.5), (0.0, 0.0)),
+    ("cifar", (0.08, 0.4), (0.0, 0.0), (0.1, 0.1)),
+])  # fmt: skip
+def test_each_local_view_has_its_own_augmentation(preset, scale, blur, solarize):
+    """1500 draws of four local views: five standard errors of a share are at most 0.065. The kinds of a preset come in turn."""
+    policy = build_policy(preset, 224, num_local=4)
+    samples = [policy.sample(375, 500, (0, 0, 0, row)) for row in range(1500)]
+    for view in range(4):
+        geometry, photometry = zip(*(sample[f"local_{view}"] for sample in samples), strict=True)
+        areas = np.array([g.box[2] * g.box[3] / (375 * 500) for g in geometry])
+        assert areas.min() == pytest.approx(scale[0], rel=0.1) and areas.max() == pytest.approx(scale[1], rel=0.02)
+        shares = {
+            0.5: np.mean([g.flip for g in geometry]),
+            0.8: np.mean([len(p.jitter) == 4 for p in photometry]),
+            0.2: np.mean([p.gray for p in photometry]),
+        }
+        for expected, share in [*shares.items(), (blur[view % 2], np.mean([p.blur > 0 for p in photometry])),
+                                (solarize[view % 2], np.mean([p.solarize for p in photometry]))]:  # fmt: skip
+            assert abs(share - expected) <= (0.065 if 0 < expected < 1 else 0)
+    boxes = [{sample[f"local_{view}"][0].box for sample in samples} for view in range(4)]
+    assert all(len(one & two) < 5 for one, two in itertools.pairwise(boxes))
+
+
+def test_the_areas_of_the_large_and_of_the_small_crops_are_set_apart():
+    config = RunConfig(
+        name="x", num_local=3, input=InputConfig(views="dino", global_scale=(0.32, 1.0), local_size=64, local_scale=(0.05, 0.32))
+    )
+    policy = policy_of(config)
+    assert policy == build_policy("dino", 224, num_local=3, local_size=64, scale=(0.32, 1.0), local={"scale": (0.05, 0.32)})
+    assert [view.scale for view in policy.views] == [(0.32, 1.0)] * 2 + [(0.05, 0.32)] * 3
+    assert [view.solarize for view in policy.views] == [0.0, 0.2, 0.0, 0.0, 0.0]
+    assert policy_of(RunConfig(name="x", input=InputConfig(views="dino"))) == build_policy("dino", 224)
+
+
 def test_strengths_are_uniform_in_torchvisions_ranges_and_all_orders_come_equally_often():
     policy = build_policy("document", 224, jitter=1.0, blur=1.0)
     drawn = [policy.sample(375, 500, (0, 0, 0, row))["global_0"][1] for row in range(4800)]
@@ -201,10 +236,12 @@ def test_the_small_image_presets_leave_out_what_does_not_suit_them():
 @pytest.mark.parametrize("height, width", [(1, 1), (5, 300), (300, 5), (32, 32), (100, 80)])
 @pytest.mark.parametrize("preset", sorted(PRESETS))
 def test_views_are_contiguous_planes_of_the_asked_size_whatever_the_image(preset, height, width):
-    policy = build_policy(preset, 48)
+    """Also an image smaller than any crop: what RandomResizedCrop does, enlarge."""
+    policy = build_policy(preset, 48, num_local=2, local_size=32)
     for row in range(6):
-        for view in policy(PHOTO[:height, :width], (0, 0, 0, row)).values():
-            assert view.shape == (3, 48, 48) and view.dtype == np.uint8 and view.flags.c_contiguous
+        for name, view in policy(PHOTO[:height, :width], (0, 0, 0, row)).items():
+            size = policy.view_sizes[name]
+            assert view.shape == (3, size, size) and view.dtype == np.uint8 and view.flags.c_contiguous
 
 
 def test_the_planes_are_red_green_blue():
@@ -242,6 +279,14 @@ def test_unknown_presets_sizes_and_images_are_refused():
         build_policy("offical", 224)
     with pytest.raises(ValueError, match="view 'global_0': size 0; expected at least 1 pixel"):
         build_policy("official", 0)
+    with pytest.raises(ValueError, match="view 'local_0': size 0; expected at least 1 pixel"):
+        build_policy("official", 8, num_local=1, local_size=0)
+    with pytest.raises(ValueError, match=r"view 'local_0': scale \(0.5, 1.5\); expected"):
+        build_policy("official", 8, num_local=1, local={"scale": (0.5, 1.5)})
+    with pytest.raises(ValueError, match="unknown setting of a view 'scales'; known: scale, ratio"):
+        build_policy("official", 8, num_local=1, local={"scales": (0.5, 1.0)})
+    with pytest.raises(ValueError, match="num_local -1; expected a number of local views from 0 on"):
+        build_policy("official", 8, num_local=-1)
     with pytest.raises(ValueError, match="each with a name of its own"):
         ViewPolicy((ViewSpec("a", 8), ViewSpec("a", 8)))
     with pytest.raises(ValueError, match=r"image of type float32, shape \[4, 4\]; expected uint8 \[H, W, 3\]"):

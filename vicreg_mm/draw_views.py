@@ -62,7 +62,8 @@ def _rows(config: RunConfig, index: ShardIndex, epoch: int) -> Iterable[int]:
     if config.input.mode == "resampled":
         print("input.mode resampled draws samples at random; these are the first of the shards")
         return range(index.num_samples)
-    plan = Plan(index.counts, config.batch, config.seed, default_slots(config.batch, config.input.slots))
+    batch = min(config.batch, index.num_samples)  # a few images are enough to look at
+    plan = Plan(index.counts, batch, config.seed, default_slots(batch, config.input.slots))
     return (row for step in range(plan.steps_per_epoch) for row in plan.rows(epoch, step).tolist())
 
 

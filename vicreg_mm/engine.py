@@ -23,7 +23,6 @@ from vicreg_mm import config as configs
 from vicreg_mm.config import ConfigError, RunConfig
 from vicreg_mm.optim import Schedule, set_rates
 
-
 _MAXRSS_PER_GIB = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, kibibytes elsewhere
 
 

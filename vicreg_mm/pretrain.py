@@ -57,7 +57,7 @@ def pretrain(config: RunConfig, device: torch.device) -> Path:
     from vicreg_mm import checkpoint, engine, gauges
     from vicreg_mm.batchnorm import convert_sync_batchnorm
     from vicreg_mm.launch import deepspeed_settings, launch
-    from vicreg_mm.optim import Schedule
+    from vicreg_mm.optim import Schedule, parameter_groups
 
     data = open_data(config)
     torch.manual_seed(config.seed)
@@ -80,7 +80,9 @@ def pretrain(config: RunConfig, device: torch.device) -> Path:
         raise ConfigError(
             f"the warm-up of {schedule.warmup} steps is not shorter than the run of {schedule.total}; lower --optim.warmup_epochs"
         )
-    deepspeed_settings(config, distributed.world_size(), device)  # a wrong setting must not leave a run directory behind
+    # a wrong setting must not leave a run directory behind
+    parameter_groups(model, config.optim)
+    deepspeed_settings(config, distributed.world_size(), device)
     run, resumed = checkpoint.open_run(config)
     state: dict[str, Any] = {"step": 0, "journal": {}}
     if resumed is not None:
