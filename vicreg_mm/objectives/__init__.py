@@ -32,5 +32,6 @@ def register(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 
 # each module registers its builder; they import OBJECTIVES from here, so they come last
+from vicreg_mm.objectives import crossmodal as crossmodal  # noqa: E402
 from vicreg_mm.objectives import multicrop as multicrop  # noqa: E402
 from vicreg_mm.objectives import vicreg as vicreg  # noqa: E402

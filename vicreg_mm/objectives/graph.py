@@ -9,6 +9,9 @@ and a sum over edges regroups exactly into
     sum_e w_e L(e) = lambda * sum_e w_e inv(e) + mu * sum_v n_v var(v) + nu * sum_v n_v cov(v),
 
 with n_v half the sum of the weights of the edges that touch v. Weights are used as given.
+
+An edge may be directed: with a predictor q and a stopped gradient its invariance is that of (q(a), b) with b held fixed. Variance and
+covariance are those of the embeddings themselves, as before.
 """
 
 import math
@@ -19,18 +22,28 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vicreg_mm.objectives.terms import Terms, global_terms
+from vicreg_mm.objectives.terms import Terms, global_terms, invariances
 
 COLLAPSED_BELOW = 0.1  # of gamma: a dimension with a smaller standard deviation counts as collapsed (the metric's definition)
 
 
 @dataclass(frozen=True)
 class Edge:
-    """Views `a` and `b` must agree."""
+    """Views `a` and `b` must agree; or `b` must be what `a` predicts.
+
+    predictor: the name of the objective's module that is applied to a. stop_gradient: b is held fixed.
+    """
 
     a: str
     b: str
     weight: float = 1.0
+    predictor: str | None = None
+    stop_gradient: bool = False
+
+    @property
+    def directed(self) -> bool:
+        """Whether (a, b) is another edge than (b, a)."""
+        return self.predictor is not None or self.stop_gradient
 
 
 @dataclass(frozen=True)
@@ -48,13 +61,14 @@ class ViewGraph:
         object.__setattr__(self, "edges", tuple(self.edges))
         if not self.edges:
             raise ValueError("a view graph needs at least one edge")
-        seen = set()
+        seen: set[Any] = set()
         for edge in self.edges:
             if edge.a == edge.b:
                 raise ValueError(f"edge ({edge.a}, {edge.b}) joins a view to itself")
-            if frozenset((edge.a, edge.b)) in seen:
+            ends = (edge.a, edge.b) if edge.directed else frozenset((edge.a, edge.b))
+            if ends in seen:
                 raise ValueError(f"edge ({edge.a}, {edge.b}) is given twice; add the weights")
-            seen.add(frozenset((edge.a, edge.b)))
+            seen.add(ends)
             _check_weight(f"edge ({edge.a}, {edge.b})", edge.weight)
         for term, weights in (self.node_weights or {}).items():
             if term not in ("variance", "covariance"):
@@ -109,16 +123,29 @@ class GraphObjective(nn.Module):
 
     graph: which views must agree. weighting: module (invariance, variance, covariance, D) -> scalar, with parameters if it
     learns. gamma: the standard deviation that variance asks for. eps: inside its root. correction: 1 divides by N - 1, 0 by N.
-    Raises ValueError for gamma or eps that are not positive.
+    predictors: by the names that the edges use, modules [n, D] -> [n, D].
+    Raises ValueError for gamma or eps that are not positive, and for predictors that are not those of the edges.
     """
 
-    def __init__(self, graph: ViewGraph, weighting: nn.Module, gamma: float = 1.0, eps: float = 1e-4, correction: int = 1):
+    def __init__(
+        self,
+        graph: ViewGraph,
+        weighting: nn.Module,
+        gamma: float = 1.0,
+        eps: float = 1e-4,
+        correction: int = 1,
+        predictors: Mapping[str, nn.Module] | None = None,
+    ):
         super().__init__()
         for name, value in (("gamma", gamma), ("eps", eps)):
             if not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name} = {value}; it must be finite and positive")
         self.graph = graph
         self.weighting = weighting
+        self.predictors = nn.ModuleDict(predictors or {})
+        named = {edge.predictor for edge in graph.edges if edge.predictor is not None}
+        if named != set(self.predictors):
+            raise ValueError(f"the edges name the predictors {sorted(named)}; given {sorted(self.predictors)}")
         self.gamma, self.eps, self.correction = gamma, eps, correction
         self.needs = Needs(views=graph.nodes)
         self._parts = graph.components()
@@ -148,14 +175,26 @@ class GraphObjective(nn.Module):
             after_step(progress)
 
     def _part_terms(self, part: ViewGraph, embeddings: Mapping[str, Tensor], row_weights: Mapping[str, Tensor]) -> Terms:
-        return global_terms(
+        terms = global_terms(
             {view: embeddings[view] for view in part.nodes},
-            [(edge.a, edge.b) for edge in part.edges],
+            [(edge.a, edge.b) for edge in part.edges if not edge.directed],
             {view: row_weights[view] for view in part.nodes if view in row_weights},
             self.gamma,
             self.eps,
             self.correction,
         )
+        directed = [edge for edge in part.edges if edge.directed]
+        if not directed:
+            return terms
+        found, predicted = iter(terms.invariance), iter(invariances([self._ends(edge, embeddings) for edge in directed]))
+        return terms._replace(invariance=torch.stack([next(predicted if edge.directed else found) for edge in part.edges]))
+
+    def _ends(self, edge: Edge, embeddings: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """What a directed edge compares."""
+        a, b = embeddings[edge.a], embeddings[edge.b]
+        if edge.predictor is not None:
+            a = self.predictors[edge.predictor](a)
+        return a, b.detach() if edge.stop_gradient else b
 
     def _output(self, parts: Sequence[Terms]) -> ObjectiveOutput:
         values = {name: torch.cat([getattr(terms, name) for terms in parts]) for name in ("invariance", "variance", "covariance")}

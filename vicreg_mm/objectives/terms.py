@@ -223,8 +223,15 @@ def invariance(a: Tensor, b: Tensor) -> Tensor:
     1/(N D) sum_i |a_i - b_i|^2 over the global batch. a, b: [N, D], this rank's rows. Returns a float32 scalar (float64 for float64).
     Source: VICReg (arXiv:2105.04906), Algorithm 1; its eq. 5 sums over D instead.
     """
-    _checked({"a": a, "b": b})
-    return Terms(*_GlobalTerms.apply(_Plan(((0, 1),), variance=False, covariance=False), None, a, b)).invariance[0]
+    return invariances([(a, b)])[0]
+
+
+def invariances(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """`invariance` of several pairs, in one collective: [E]. Raises ValueError if shapes disagree."""
+    views = {f"{end} of pair {k}": z for k, pair in enumerate(pairs) for end, z in zip(("a", "b"), pair, strict=True)}
+    _checked(views)
+    plan = _Plan(tuple((2 * k, 2 * k + 1) for k in range(len(pairs))), variance=False, covariance=False)
+    return Terms(*_GlobalTerms.apply(plan, None, *views.values())).invariance
 
 
 def variance(z: Tensor, gamma: float = 1.0, eps: float = 1e-4) -> Tensor:

@@ -1,0 +1,153 @@
+"""Cross-modal VICReg against the reference document's sum of three losses, and its predictors against the formula."""
+
+import copy
+
+import pytest
+import torch
+
+from tests.distributed.ranks import run_ranks
+from tests.oracle import covariance, document_loss, invariance, relative_error, variance
+from vicreg_mm import objectives
+
+VIEWS = ("global_0", "global_1", "text_0", "text_1")
+
+
+def embeddings(n=12, d=20, names=VIEWS):
+    generator = torch.Generator().manual_seed(0)
+    common = torch.randn(n, d, generator=generator, dtype=torch.float64)
+    noise = torch.randn(len(names), n, d, generator=generator, dtype=torch.float64)
+    return {name: (0.7 * common + (0.3 + 0.1 * k) * noise[k] + k).requires_grad_() for k, name in enumerate(names)}
+
+
+def assert_equal(objective, z, expected):
+    loss = objective(z).loss
+    assert relative_error(loss, expected) < 1e-12
+    found = torch.autograd.grad(loss, list(z.values()))
+    for gradient, reference in zip(found, torch.autograd.grad(expected, list(z.values())), strict=True):
+        assert relative_error(gradient, reference) < 1e-11
+
+
+@pytest.mark.parametrize(("n", "d"), [(12, 20), (20, 12)], ids=["N<D", "N>D"])
+def test_it_is_the_documents_sum_of_three_losses(n, d):
+    z = embeddings(n, d)
+    g0, g1, t0, t1 = z.values()
+    assert_equal(objectives.build("crossmodal"), z, document_loss(g0, g1) + document_loss(t0, t1) + document_loss(g0, t0))
+
+
+def test_all_pairs_share_the_weight_of_one():
+    z = embeddings()
+    g0, g1, t0, t1 = z.values()
+    cross = sum(document_loss(g, t) for g in (g0, g1) for t in (t0, t1)) / 4
+    objective = objectives.build("crossmodal", pairs="all", image_weight=0.5, text_weight=0.2, cross_weight=2.0)
+    assert_equal(objective, z, 0.5 * document_loss(g0, g1) + 0.2 * document_loss(t0, t1) + 2 * cross)
+
+
+def test_local_crops_make_one_graph_with_the_texts():
+    z = embeddings(names=(*VIEWS[:2], "local_0", "local_1", *VIEWS[2:]))
+    g0, g1, l0, l1, t0, t1 = z.values()
+    images = document_loss(g0, g1) + sum(0.5 * document_loss(g, local) for g in (g0, g1) for local in (l0, l1))
+    expected = images / 3 + document_loss(t0, t1) + document_loss(g0, t0)
+    objective = objectives.build("crossmodal", num_local=2)
+    assert_equal(objective, z, expected)
+    assert set(objective.needs.views) == set(z)
+
+
+def test_the_papers_setting_needs_one_image_and_one_text():
+    z = embeddings(names=("global_0", "text_0"))
+    objective = objectives.build("crossmodal", image_weight=0, text_weight=0)
+    assert objective.needs.views == ("global_0", "text_0")
+    assert_equal(objective, z, document_loss(*z.values()))
+
+
+def test_each_branch_has_coefficients_of_its_own():
+    z = embeddings(names=("global_0", "text_0"))
+    image, text = z.values()
+    objective = objectives.build("crossmodal", image_weight=0, text_weight=0, mu_image=10.0, nu_image=3.0, mu_text=40.0, nu_text=0.5)
+    expected = (
+        25 * invariance(image, text) + (10 * variance(image) + 40 * variance(text) + 3 * covariance(image) + 0.5 * covariance(text)) / 2
+    )
+    assert_equal(objective, z, expected)
+
+
+def test_statistics_belong_to_one_modality():
+    """A text far from the images, in place and scale, leaves the images' terms as they were."""
+    z = embeddings()
+    far = {**z, "text_0": 5 * z["text_0"] + 100, "text_1": 5 * z["text_1"] - 100}
+    one, two = (objectives.build("crossmodal")(views).logs for views in (z, far))
+    for key in ("variance/global_0", "covariance/global_1", "std_mean/global_0"):
+        assert torch.equal(one[key], two[key])
+
+
+def test_predictors_compare_with_a_fixed_target_in_both_directions():
+    torch.manual_seed(0)
+    z = embeddings()
+    g0, g1, t0, t1 = z.values()
+    objective = objectives.build("crossmodal", predictor=16, embedding_dim=20).double()
+    forth, back = (copy.deepcopy(objective.predictors[name]) for name in ("image_to_text", "text_to_image"))
+    cross = (invariance(forth(g0), t0.detach()) + invariance(back(t0), g0.detach())) / 2
+    regularised = (25 * (variance(g0) + variance(t0)) + covariance(g0) + covariance(t0)) / 2
+    expected = document_loss(g0, g1) + document_loss(t0, t1) + 25 * cross + regularised
+    loss = objective(z).loss
+    assert relative_error(loss, expected) < 1e-12
+    ours, theirs = [*z.values(), *objective.predictors.parameters()], [*z.values(), *forth.parameters(), *back.parameters()]
+    found = torch.autograd.grad(loss, ours)
+    for gradient, reference in zip(found, torch.autograd.grad(expected, theirs), strict=True):
+        torch.testing.assert_close(gradient, reference, rtol=1e-9, atol=1e-13)
+
+
+def test_the_logs_name_both_directions():
+    logs = objectives.build("crossmodal", predictor=8, embedding_dim=20).double()(embeddings()).logs
+    assert {"invariance/global_0-global_1", "invariance/text_0-text_1", "invariance/global_0-text_0", "invariance/text_0-global_0"} <= set(
+        logs
+    )
+
+
+def own_part(counts):
+    """Loss, and gradients of embeddings and predictors after averaging over ranks, of this rank's rows of the same 12."""
+    import torch.distributed as dist
+
+    from vicreg_mm import distributed
+    from vicreg_mm.batchnorm import convert_sync_batchnorm
+
+    torch.manual_seed(0)
+    objective = objectives.build("crossmodal", num_local=1, pairs="all", predictor=16, embedding_dim=20).double()
+    objective = convert_sync_batchnorm(objective, torch.device("cpu"))
+    rank = distributed.rank()
+    rows = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
+    z = {name: view.detach()[rows].requires_grad_() for name, view in embeddings(names=(*VIEWS, "local_0")).items()}
+    loss = objective(z).loss
+    loss.backward()
+    gradients = [p.grad for p in objective.parameters()]
+    for gradient in gradients:
+        dist.all_reduce(gradient)
+        gradient /= len(counts)
+    return loss.item(), [view.grad / len(counts) for view in z.values()], gradients
+
+
+def test_two_ranks_give_the_loss_and_the_gradients_of_one():
+    ((loss, rows, parameters),) = run_ranks(own_part, 1, [12])
+    for counts in ([6, 6], [9, 3]):
+        results = run_ranks(own_part, 2, counts)
+        for found, _, gradients in results:
+            assert found == pytest.approx(loss, rel=1e-12)
+            for gradient, expected in zip(gradients, parameters, strict=True):
+                torch.testing.assert_close(gradient, expected, rtol=1e-8, atol=1e-12)
+        for view, expected in enumerate(rows):
+            joined = torch.cat([results[rank][1][view] for rank in range(2)])
+            torch.testing.assert_close(joined, expected, rtol=1e-8, atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pairs": "second"}, "unknown pairs 'second'; known: first, all"),
+        ({"predictor": 64}, "predictor = 64 with embedding_dim = 0"),
+        ({"image_weight": 0, "text_weight": 0, "cross_weight": 0}, "are all 0; at least one must be positive"),
+        ({"cross_weight": -1.0}, r"edge \(global_0, text_0\) has weight -1.0"),
+        ({"mu": 0.0, "mu_text": 5.0}, "variance: a coefficient of 5.0 for text views beside a common one of 0"),
+        ({"nu_image": -1.0}, r"node_weights\['covariance'\]\['global_0'\] has weight -1.0"),
+    ],
+)
+def test_what_cannot_be_is_said_in_one_line(options, message):
+    with pytest.raises(ValueError, match=message):
+        objectives.build("crossmodal", **options)
