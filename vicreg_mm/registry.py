@@ -35,6 +35,8 @@ class Registry:
         """Decorator that puts a builder under `name`; raises ValueError if the name is taken by another builder."""
 
         def put(builder: Callable[..., Any]) -> Callable[..., Any]:
+            if not name or "+" in name:
+                raise ValueError(f"{self.kind} '{name}': a name is not empty and has no '+', which joins names")
             taken = self._builders.get(name)
             if taken is not None and taken is not builder:
                 raise ValueError(
@@ -58,6 +60,10 @@ class Registry:
         if name not in self._builders:
             raise unknown_name(self.kind, name, self.names())
         return self._builders[name]
+
+    def options(self, name: str) -> tuple[str, ...]:
+        """The names of the options that the builder of `name` takes."""
+        return tuple(inspect.signature(self.builder(name)).parameters)
 
     def build(self, name: str, **options: Any) -> Any:
         """Call the builder of `name`; an option that it does not take is a ValueError that lists those it does."""

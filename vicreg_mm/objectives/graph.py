@@ -105,9 +105,15 @@ def _check_weight(what: str, weight: float) -> None:
 
 @dataclass(frozen=True)
 class Needs:
-    """What an objective must be given: the names of the views."""
+    """What an objective must be given: views by name, as embeddings; and those whose features it wants, in context["features"]."""
 
     views: tuple[str, ...]
+    features: tuple[str, ...] = ()
+
+    @property
+    def all_views(self) -> tuple[str, ...]:
+        """Every view that must be encoded."""
+        return tuple(dict.fromkeys((*self.views, *self.features)))
 
 
 class ObjectiveOutput(NamedTuple):

@@ -1,0 +1,77 @@
+"""Sums of registered objectives by name."""
+
+import pytest
+import torch
+
+from vicreg_mm import objectives
+from vicreg_mm.registry import Registry
+
+WIDTHS = {"image_features": 14, "text_features": 9}
+
+
+def inputs():
+    generator = torch.Generator().manual_seed(0)
+    embeddings = {name: torch.randn(8, 12, generator=generator) for name in ("global_0", "global_1")}
+    features = {"global_0": torch.randn(8, 14, generator=generator), "text_0": torch.randn(8, 9, generator=generator)}
+    return embeddings, {"features": features}
+
+
+def test_a_sum_is_the_weighted_sum_of_its_parts():
+    torch.manual_seed(0)
+    both = objectives.build("clip+vicreg", **WIDTHS, **{"vicreg.weight": 0.1, "vicreg.mu": 10.0, "clip.width": 5})
+    out = both(*inputs())
+    clip, vicreg = both.parts["clip"](*inputs()), objectives.build("vicreg", mu=10.0)(*inputs())
+    torch.testing.assert_close(out.loss, clip.loss + 0.1 * vicreg.loss)
+    assert both.parts["clip"].image_projection.out_features == 5
+    assert set(out.terms) == {"contrastive", "invariance", "variance", "covariance"}
+    assert {"scale", "std_mean", "invariance/global_0-global_1"} <= set(out.logs)
+
+
+def test_it_needs_what_its_parts_need():
+    needs = objectives.build("clip+vicreg", **WIDTHS).needs
+    assert (needs.views, needs.features) == (("global_0", "global_1"), ("global_0", "text_0"))
+    assert needs.all_views == ("global_0", "global_1", "text_0")
+
+
+def test_an_option_without_a_part_goes_to_every_part_that_takes_it_and_its_own_wins():
+    both = objectives.build("vicreg+multicrop", mu=10.0, num_local=1, **{"multicrop.mu": 40.0})
+    assert both.parts["vicreg"].weighting.mu == 10.0 and both.parts["multicrop"].weighting.mu == 40.0
+    assert both.needs.views == ("global_0", "global_1", "local_0")
+    assert {"num_local", "convention"} <= objectives.options("vicreg+multicrop")
+
+
+def test_terms_of_one_name_stand_side_by_side():
+    both = objectives.build("vicreg+multicrop", num_local=0)
+    out = both(*inputs())
+    assert {"vicreg/invariance", "multicrop/invariance"} <= set(out.terms)
+    torch.testing.assert_close(out.terms["vicreg/covariance"], out.terms["multicrop/covariance"])
+
+
+def test_progress_reaches_the_parts():
+    both = objectives.build("clip+vicreg", **WIDTHS)
+    seen = []
+    both.parts["vicreg"].weighting.after_step = seen.append
+    both.after_step(0.25)
+    assert seen == [0.25]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("clip+vicrig", WIDTHS, "unknown objective 'vicrig'; known: clip, crossmodal"),
+        ("vicreg+vicreg", {}, r"objective 'vicreg\+vicreg' names a part twice; give it a weight instead"),
+        ("vicreg+multicrop", {"vicreg.weight": 0}, "vicreg.weight = 0; the weight of a part must be positive"),
+        ("vicreg+multicrop", {"lamda": 1.0}, r"unknown option of objective 'vicreg\+multicrop' 'lamda'; known: convention"),
+        ("vicreg+multicrop", {"vicreg.lamda": 1.0}, "unknown option of objective 'vicreg' 'lamda'"),
+        ("vicreg+", {}, "unknown objective ''"),
+    ],
+)
+def test_what_cannot_be_is_said_in_one_line(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        objectives.build(name, **options)
+
+
+@pytest.mark.parametrize("name", ["a+b", ""])
+def test_no_objective_is_registered_under_a_name_that_would_be_a_sum(name):
+    with pytest.raises(ValueError, match="a name is not empty and has no"):
+        Registry("objective").register(name)(dict)

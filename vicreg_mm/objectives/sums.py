@@ -1,0 +1,50 @@
+"""Several registered objectives at once: "clip+vicreg" is the weighted sum of the two."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from vicreg_mm.objectives.graph import Needs, ObjectiveOutput
+
+
+class SumObjective(nn.Module):
+    """sum_k w_k L_k. parts: by name; weights: by name.
+
+    Terms and logs of the parts stand side by side under their own names, or under PART/NAME where two parts have the same.
+    Raises ValueError for a weight that is not positive: a part of weight 0 is to be left out.
+    """
+
+    parts: Any  # nn.ModuleDict of objectives
+
+    def __init__(self, parts: Mapping[str, Any], weights: Mapping[str, float]):
+        super().__init__()
+        for name, weight in weights.items():
+            if not 0 < weight < float("inf"):
+                raise ValueError(f"{name}.weight = {weight}; the weight of a part must be positive")
+        self.parts = nn.ModuleDict(parts)
+        self.weights = dict(weights)
+        needs = [part.needs for part in parts.values()]
+        self.needs = Needs(
+            views=tuple(dict.fromkeys(view for need in needs for view in need.views)),
+            features=tuple(dict.fromkeys(view for need in needs for view in need.features)),
+        )
+        self.gamma = next((part.gamma for part in parts.values() if hasattr(part, "gamma")), 1.0)
+
+    def forward(self, embeddings: Mapping[str, Tensor], context: Mapping[str, Any] | None = None) -> ObjectiveOutput:
+        """Embeddings and context as the parts want them."""
+        outputs = {name: part(embeddings, context) for name, part in self.parts.items()}
+        loss = sum((self.weights[name] * output.loss for name, output in outputs.items()), start=0.0)
+        terms = _side_by_side({name: output.terms for name, output in outputs.items()})
+        return ObjectiveOutput(loss, terms, _side_by_side({name: output.logs for name, output in outputs.items()}))  # type: ignore[arg-type]
+
+    def after_step(self, progress: float) -> None:
+        """Pass the share of training done on to the parts that ask for it."""
+        for part in self.parts.values():
+            if hasattr(part, "after_step"):
+                part.after_step(progress)
+
+
+def _side_by_side(named: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    keys = [key for values in named.values() for key in values]
+    return {key if keys.count(key) == 1 else f"{name}/{key}": value for name, values in named.items() for key, value in values.items()}
