@@ -1,5 +1,6 @@
 """Networks that turn inputs into features [N, F]."""
 
+from vicreg_mm.encoders.text import TextEncoder, build_text
 from vicreg_mm.encoders.vision import VisionEncoder, build_vision
 
-__all__ = ["VisionEncoder", "build_vision"]
+__all__ = ["TextEncoder", "VisionEncoder", "build_text", "build_vision"]

@@ -1,0 +1,102 @@
+"""Text encoders: token ids [N, context] -> features [N, F], with the vocabulary of whatever tokenizer is used.
+
+"transformer": open_clip's text transformer at any width, depth and context, pooled at the end token.
+"gru": word embeddings and a GRU, pooled at the end token, as VSE++ (arXiv:1707.05612) and hence the VICReg paper's retrieval setting.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vicreg_mm.registry import unknown_name
+
+
+class TextEncoder(nn.Module):
+    """Token ids int64 [N, context] -> features [N, F], those of the end token.
+
+    A row is start, ids, end, padding, as `tokenizers.pack` makes it. net: the module that does it. vocab_size, context: what it was
+    built for.
+    """
+
+    def __init__(self, net: nn.Module, name: str, num_features: int, vocab_size: int, context: int):
+        super().__init__()
+        self.net = net
+        self.name = name
+        self.num_features = num_features
+        self.vocab_size = vocab_size
+        self.context = context
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.net(tokens)
+
+    def set_activation_checkpointing(self, enable: bool = True) -> None:
+        """Recompute activations in the backward pass. Raises ValueError for a network that does not offer it."""
+        if not hasattr(self.net, "set_grad_checkpointing"):
+            raise ValueError(f"text encoder '{self.name}' offers no activation checkpointing")
+        self.net.set_grad_checkpointing(enable)  # type: ignore[operator]
+
+
+class WordGRU(nn.Module):
+    """Embedding, one-layer GRU, its state after the end token.
+
+    What stands behind the end token has no influence. Embeddings start uniform in +-0.1, as in VSE++ (model.py, EncoderText).
+    """
+
+    def __init__(self, vocab_size: int, end_id: int, width: int, embedding_width: int):
+        super().__init__()
+        self.end_id = end_id
+        self.token_embedding = nn.Embedding(vocab_size, embedding_width)
+        self.gru = nn.GRU(embedding_width, width, batch_first=True)
+        nn.init.uniform_(self.token_embedding.weight, -0.1, 0.1)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        states, _ = self.gru(self.token_embedding(tokens))
+        end = (tokens == self.end_id).int().argmax(1)
+        return states[torch.arange(len(tokens), device=tokens.device), end]
+
+
+def build_text(
+    name: str, *, vocab_size: int, context: int, pad_id: int, end_id: int, width: int = 512, depth: int = 12, heads: int = 8
+) -> TextEncoder:
+    """A text encoder, randomly initialised.
+
+    vocab_size, pad_id, end_id: the tokenizer's. context: tokens in a row. width: of the features (GRU: its state; 1024 in VSE++, with word
+    embeddings of 300). depth, heads: of the transformer; 1 each for the GRU.
+    Raises ValueError for an unknown name, sizes that are not positive, a width that the heads do not divide, ids outside the vocabulary.
+    """
+    if name not in _BUILDERS:
+        raise unknown_name("text encoder", name, list(_BUILDERS))
+    for option, value in (("vocab_size", vocab_size), ("width", width), ("depth", depth), ("heads", heads)):
+        if value < 1:
+            raise ValueError(f"{option} {value}; expected at least 1")
+    if context < 3:
+        raise ValueError(f"context {context} is shorter than start token, one id and end token; expected at least 3")
+    for option, value in (("pad_id", pad_id), ("end_id", end_id)):
+        if not 0 <= value < vocab_size:
+            raise ValueError(f"{option} {value} is outside of the vocabulary of {vocab_size}")
+    if width % heads:
+        raise ValueError(f"width {width} does not divide over {heads} heads")
+    net = _BUILDERS[name](vocab_size, context, pad_id, end_id, width, depth, heads)
+    return TextEncoder(net, name, width, vocab_size, context)
+
+
+def _build_transformer(vocab_size: int, context: int, pad_id: int, end_id: int, width: int, depth: int, heads: int) -> nn.Module:
+    from open_clip.transformer import TextTransformer
+
+    # causal, as CLIP's: padding stands behind the end token and is never seen. "eos", since "argmax" needs the end token's id to be the
+    # largest of the vocabulary
+    return TextTransformer(
+        context_length=context, vocab_size=vocab_size, width=width, heads=heads, layers=depth, output_dim=None,  # type: ignore[arg-type]
+        pool_type="eos", pad_id=pad_id, eos_id=end_id,
+    )  # fmt: skip
+
+
+def _build_gru(vocab_size: int, context: int, pad_id: int, end_id: int, width: int, depth: int, heads: int) -> nn.Module:
+    for option, value in (("depth", depth), ("heads", heads)):
+        if value != 1:
+            raise ValueError(f"{option} {value} has no effect on text encoder 'gru'; give 1")
+    return WordGRU(vocab_size, end_id, width, embedding_width=300)
+
+
+_BUILDERS: dict[str, Any] = {"transformer": _build_transformer, "gru": _build_gru}
