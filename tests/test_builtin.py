@@ -1,5 +1,6 @@
 import json
 import multiprocessing
+import re
 from collections import Counter
 
 import numpy as np
@@ -29,7 +30,7 @@ def samples(folder, split):
 def test_the_digits_lie_in_several_shards_of_unequal_size(folder):
     index = ShardIndex.open(folder / "train")
     assert (index.num_samples, len(index.counts), len(set(index.counts))) == (1500, 8, 2)
-    assert index.fields == ("png", "cls")
+    assert index.fields == ("png", "cls", "json") and index.has_captions
     assert ShardIndex.open(folder / "test").num_samples == 297
 
 
@@ -58,6 +59,19 @@ def test_classes_are_alike_in_both_splits_and_mixed_in_every_shard(folder):
         assert np.bincount([s.label for s in samples(folder, split)], minlength=10).min() >= least
     for shard in range(8):
         assert len({s.label for s in samples(folder, "train") if s.shard == shard}) == 10
+
+
+def test_captions_name_their_digit_by_word_or_numeral_and_differ(folder):
+    found = [(sample.label, sample.captions) for split in ("train", "test") for sample in samples(folder, split)]
+    assert {len(captions) for _, captions in found} == {3}
+    for label, captions in found:
+        for caption in captions:
+            words = set(re.findall(r"\w+", caption))
+            assert len(words & {builtin.DIGIT_NAMES[label], str(label)}) == 1
+            others = {name for k, name in enumerate(builtin.DIGIT_NAMES) if k != label} | {str(k) for k in range(10) if k != label}
+            assert not words & others
+    wordings = Counter(re.sub(rf"\b({builtin.DIGIT_NAMES[label]}|{label})\b", "{}", caption) for label, cs in found for caption in cs)
+    assert len(wordings) >= len(builtin.PHRASES) and all(wordings[phrase] > 80 for phrase in builtin.PHRASES)
 
 
 def test_the_cache_is_where_the_environment_says_and_is_used_again(tmp_path, monkeypatch):

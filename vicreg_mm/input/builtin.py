@@ -1,5 +1,6 @@
-"""The built-in data set: scikit-learn's 1,797 scans of handwritten digits, as webdataset shards on first use."""
+"""The built-in data set: scikit-learn's 1,797 scans of handwritten digits with made captions, as webdataset shards on first use."""
 
+import json
 import os
 import shutil
 import tempfile
@@ -17,7 +18,18 @@ SPLITS = ("train", "test")
 NUM_TEST = 297  # of 1,797
 NUM_SHARDS = {"train": 8, "test": 2}
 SIDE = 32
-EDITION = "digits-1"  # part of the cache folder's name; raise it when the shards change
+DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+CAPTIONS_EACH = 3
+PHRASES = (
+    "a scan of a handwritten {}", "a handwritten {}", "the digit {}", "the number {} written by hand", "a photo of the number {}",
+    "somebody wrote a {}", "this is a {}", "the numeral {} in white ink", "a small picture of the digit {}", "a blurry scan of a {}",
+    "handwriting: {}", "a {} on a black background", "a white {}", "the figure {} drawn with a pen", "a low resolution image of a {}",
+    "a {} from a form", "a single digit, {}", "an image that shows the digit {}", "a {} in gray levels", "the hand-drawn number {}",
+    "a bright {} on dark paper", "a sloppy {}", "a neatly written {}", "number {}", "it says {}", "a tiny {}", "a digitised {}",
+    "the sign for {}", "a pen stroke in the shape of a {}", "a close-up of the digit {}", "a sample of the class {}",
+    "you can read a {} here", "a {} from somebody's notes", "the answer is {}", "a scanned numeral, {}", "a crop with the number {}",
+)  # fmt: skip
+EDITION = "digits-2"  # part of the cache folder's name; raise it when the shards change
 
 
 def shard_folder(name: str) -> str | Path:
@@ -33,7 +45,8 @@ def shard_folder(name: str) -> str | Path:
 def digits(split: str, folder: str | Path | None = None) -> Path:
     """The folder of the indexed shards of one split of the digits, written on first use.
 
-    1,500 train and 297 test scans, drawn with a seed, class by class; 8 x 8 scans enlarged to 32 x 32 gray PNGs, labels 0 to 9.
+    1,500 train and 297 test scans, drawn with a seed, class by class; 8 x 8 scans enlarged to 32 x 32 gray PNGs, labels 0 to 9,
+    and CAPTIONS_EACH captions that name the digit.
     Several processes may ask at once: each builds its own and the first to finish puts it in place.
     folder: kept there rather than in the cache, as folder/train and folder/test. Raises ValueError for another split.
     Source: UCI "Optical Recognition of Handwritten Digits", test part, as scikit-learn bundles it.
@@ -63,9 +76,25 @@ def digits(split: str, folder: str | Path | None = None) -> Path:
 def _write(split: str, folder: Path) -> None:
     scans, labels = _split(split)
     for n, rows in enumerate(np.array_split(np.arange(len(scans)), NUM_SHARDS[split])):
-        samples = ({"__key__": f"{split}-{row:04d}", "png": _png(scans[row]), "cls": str(labels[row]).encode()} for row in rows)
+        samples = (
+            {
+                "__key__": f"{split}-{row:04d}",
+                "png": _png(scans[row]),
+                "cls": str(labels[row]).encode(),
+                "json": json.dumps({"captions": captions(int(labels[row]), (SPLITS.index(split), int(row)))}).encode(),
+            }
+            for row in rows
+        )
         write_tar(folder / f"digits-{split}-{n}.tar", samples)
     write_index(folder)
+
+
+def captions(label: int, seed: tuple[int, ...]) -> list[str]:
+    """CAPTIONS_EACH different captions of a digit, drawn with a seed; each names it by its word or by its numeral."""
+    rng = np.random.default_rng(seed)
+    chosen = rng.choice(len(PHRASES), CAPTIONS_EACH, replace=False)
+    names = [(DIGIT_NAMES[label], str(label))[kind] for kind in rng.integers(0, 2, CAPTIONS_EACH)]
+    return [PHRASES[phrase].format(name) for phrase, name in zip(chosen, names, strict=True)]
 
 
 def _split(split: str) -> tuple[np.ndarray, np.ndarray]:
