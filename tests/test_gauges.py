@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from vicreg_mm.gauges import per_dimension_std, rankme
+from vicreg_mm.gauges import modality_gap, per_dimension_std, rankme
 
 
 def test_rankme_of_r_equal_singular_values_is_r():
@@ -50,3 +50,28 @@ def test_what_cannot_be_gauged_is_named(gauge):
 def test_one_row_has_no_std():
     with pytest.raises(ValueError, match="N >= 2"):
         per_dimension_std(torch.ones(1, 4))
+
+
+def test_the_modality_gap_equals_the_equation_written_out():
+    generator = torch.Generator().manual_seed(2)
+    a, b = torch.randn(30, 5, dtype=torch.float64, generator=generator), torch.rand(7, 5, dtype=torch.float64, generator=generator)
+    centre_a = sum(row / row.square().sum().sqrt() for row in a) / 30
+    centre_b = sum(row / row.square().sum().sqrt() for row in b) / 7
+    assert modality_gap(a, b).item() == pytest.approx((centre_a - centre_b).square().sum().sqrt().item(), rel=1e-12)
+
+
+def test_the_modality_gap_goes_from_nothing_to_opposite_points_whatever_the_lengths():
+    a = torch.tensor([[3.0, 4.0], [0.3, 0.4]])
+    assert modality_gap(a, 7 * a.flip(0)).item() == pytest.approx(0, abs=1e-6)
+    assert modality_gap(a, -2 * a).item() == pytest.approx(2)
+    assert modality_gap(torch.eye(2), -torch.eye(2)).item() == pytest.approx(2 * math.sqrt(0.5))
+    assert modality_gap(a.bfloat16(), torch.zeros(3, 2)).dtype == torch.float32
+
+
+def test_a_gap_needs_two_modalities_of_one_width():
+    with pytest.raises(ValueError, match=r"shapes \[2, 3\] and \[4, 5\]; one width"):
+        modality_gap(torch.ones(2, 3), torch.ones(4, 5))
+    with pytest.raises(ValueError, match=r"shape \[0, 3\]; \[N, F\] with N >= 1"):
+        modality_gap(torch.ones(2, 3), torch.ones(0, 3))
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        modality_gap(torch.full((2, 3), float("nan")), torch.ones(2, 3))

@@ -5,6 +5,7 @@ Computed in float64 for float64 input and in float32 for everything else. On sev
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def per_dimension_std(features: Tensor) -> Tensor:
@@ -25,6 +26,20 @@ def rankme(features: Tensor, eps: float = 1e-7) -> Tensor:
         return torch.ones_like(total)
     p = sigma / total + eps
     return torch.exp(-(p * p.log()).sum())
+
+
+def modality_gap(a: Tensor, b: Tensor) -> Tensor:
+    """The distance between the centres of two modalities on the unit sphere, a scalar from 0 (one place) to 2 (opposite points).
+
+    || mean_n a_n / ||a_n|| - mean_m b_m / ||b_m|| ||, a row of zeros staying where it is. a: [N, D]; b: [M, D], in no particular order: it
+    compares the clouds, not the pairs, and is 0 for two collapsed encoders with one output.
+    Raises ValueError for different widths, empty or not finite embeddings.
+    Source: Liang et al. (arXiv:2203.02053), the norm of their modality gap (there N = M).
+    """
+    if a.shape[1:] != b.shape[1:]:
+        raise ValueError(f"embeddings of shapes {list(a.shape)} and {list(b.shape)}; one width is needed for a gap between them")
+    centres = [F.normalize(_checked(rows, at_least=1), dim=1).mean(dim=0) for rows in (a, b)]
+    return torch.linalg.vector_norm(centres[0] - centres[1])
 
 
 def _checked(features: Tensor, at_least: int) -> Tensor:
