@@ -1,0 +1,279 @@
+import json
+
+import open_clip
+import pytest
+import torch
+from torch.nn import functional as F
+
+from vicreg_mm.evaluation.zero_shot import (
+    check_class_names,
+    class_embeddings,
+    load_class_names,
+    load_templates,
+    wilson_interval,
+    zero_shot,
+)
+
+
+def spelled(texts, width=32):
+    """A text encoder without weights: counts of characters, of any length but zero."""
+    rows = torch.zeros(len(texts), width)
+    for row, text in zip(rows, texts, strict=True):
+        for place, character in enumerate(text):
+            row[(ord(character) * 7 + place) % width] += 1
+    return rows
+
+
+def clustered(n=200, classes=12, dimensions=8, noise=0.9, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(classes, dimensions, generator=generator)
+    labels = torch.randint(0, classes, (n,), generator=generator)
+    return (centres[labels] + noise * torch.randn(n, dimensions, generator=generator)) * 4, labels, centres * 0.3
+
+
+# class embeddings
+
+
+def test_class_embeddings_are_the_mean_over_prompts_written_out():
+    names, templates = ["cat", "dog", "sea lion"], ["a photo of a {}.", "{}", "two {}s on a sofa"]
+    expected = []
+    for name in names:
+        rows = spelled([t.replace("{}", name) for t in templates]).double()
+        mean = (rows / rows.norm(dim=1, keepdim=True)).mean(dim=0)
+        expected.append(mean / mean.norm())
+    for batch_size in (1, 2, 4, 100):
+        assert torch.allclose(class_embeddings(spelled, names, templates, batch_size).double(), torch.stack(expected), atol=1e-7)
+
+
+def test_class_embeddings_are_open_clips():
+    torch.manual_seed(0)
+    text = {"context_length": 24, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
+    vision = {"layers": 1, "width": 64, "patch_size": 16, "image_size": 16}
+    model = open_clip.CLIP(embed_dim=16, vision_cfg=vision, text_cfg=text).eval()
+    tokenizer = open_clip.SimpleTokenizer(context_length=24)
+    names, templates = open_clip.IMAGENET_CLASSNAMES[:7], open_clip.OPENAI_IMAGENET_TEMPLATES[:11]
+    expected = open_clip.build_zero_shot_classifier(model, tokenizer, names, templates, num_classes_per_batch=3).T
+    found = class_embeddings(lambda texts: model.encode_text(tokenizer(texts)), names, load_templates("imagenet")[:11], batch_size=20)
+    assert torch.allclose(found, expected, atol=1e-6)
+    assert not found.requires_grad
+    assert (expected[0] - expected[1]).abs().max() > 1e-3
+
+
+def test_no_batch_is_larger_than_asked_and_a_repeated_name_is_embedded_once():
+    sizes = []
+    found = class_embeddings(lambda texts: sizes.append(len(texts)) or spelled(texts), ["a", "b", "a"], ["{} 1", "{} 2"], batch_size=3)
+    assert sizes == [3, 1]
+    assert torch.equal(found[0], found[2])
+    assert not torch.equal(found[0], found[1])
+
+
+def test_a_name_with_braces_is_taken_literally():
+    prompts = []
+    class_embeddings(lambda texts: prompts.extend(texts) or spelled(texts), ["{0}", "a {} b"], ["the {}."])
+    assert prompts == ["the {0}.", "the a {} b."]
+
+
+def test_what_gives_no_class_embedding_is_named():
+    with pytest.raises(ValueError, match=r"'a photo' has 0 times {}"):
+        class_embeddings(spelled, ["a"], ["{}", "a photo"])
+    with pytest.raises(ValueError, match="0 class names, 1 templates"):
+        class_embeddings(spelled, [], ["{}"])
+    with pytest.raises(ValueError, match="1 class names, 0 templates"):
+        class_embeddings(spelled, ["a"], [])
+    with pytest.raises(ValueError, match=r"embed_texts gave shape \[1, 32\] for 2 prompts"):
+        class_embeddings(lambda texts: spelled(texts[:1]), ["a", "b"], ["{}"])
+    with pytest.raises(ValueError, match="prompts of 2 of 2 samples contain NaN"):
+        class_embeddings(lambda texts: spelled(texts) / 0, ["a", "b"], ["{}"])
+
+
+# accuracy
+
+
+def test_accuracy_equals_a_plain_loop(monkeypatch):
+    monkeypatch.setattr("vicreg_mm.evaluation.zero_shot.CHUNK_ELEMENTS", 12 * 7)
+    images, labels, centres = clustered()
+    ranks, per_class = [], {}
+    for image, label in zip(images.double(), labels.tolist(), strict=True):
+        cosines = [float(image @ c / image.norm() / c.norm()) for c in centres.double()]
+        ranks.append(1 + sum(other > cosines[label] for other in cosines))
+        per_class.setdefault(label, []).append(ranks[-1] == 1)
+    found = zero_shot(images, labels, centres, ks=(1, 3, 5))
+    for k in (1, 3, 5):
+        assert found[f"top_{k}"] == pytest.approx(sum(r <= k for r in ranks) / 200)
+    assert found["mean_per_class"] == pytest.approx(sum(sum(hits) / len(hits) for hits in per_class.values()) / len(per_class))
+    assert (found["num_images"], found["num_classes"], found["num_classes_seen"]) == (200, 12, 12)
+    assert 0.4 < found["top_1"] < 0.95
+
+
+def test_mean_per_class_weighs_classes_not_images():
+    images = torch.eye(3)[[0, 0, 0, 1]]
+    found = zero_shot(images, torch.tensor([0, 0, 0, 2]), torch.eye(3), ks=(1,))
+    assert (found["top_1"], found["mean_per_class"], found["num_classes_seen"]) == (0.75, 0.5, 2)
+
+
+def test_a_collapsed_encoder_is_at_chance():
+    labels = torch.tensor([0, 3, 3, 9])
+    for images, classes in ((torch.ones(4, 5), torch.randn(1, 5).expand(10, 5)), (torch.zeros(4, 5), torch.randn(10, 5))):
+        for centre in (False, True):
+            found = zero_shot(images, labels, classes, centre=centre)
+            assert (found["top_1"], found["top_5"], found["mean_per_class"]) == pytest.approx((0.1, 0.5, 0.1))
+            assert (found["top_1_chance"], found["top_5_chance"]) == (0.1, 0.5)
+
+
+def test_two_classes_of_one_name_share_their_images():
+    classes = torch.eye(6)[[0, 1, 2, 0, 4, 5]]
+    found = zero_shot(torch.eye(6)[[0, 0, 1]], torch.tensor([0, 3, 1]), classes, ks=(1, 2))
+    assert found["top_1"] == pytest.approx((0.5 + 0.5 + 1) / 3)
+    assert found["top_2"] == 1
+
+
+def test_centring_takes_away_what_is_common_to_a_modality():
+    images, labels, centres = clustered()
+    expected = zero_shot(images, labels, centres, centre=True)
+    assert zero_shot(images + 100, labels, centres - 50, centre=True)["top_1"] == pytest.approx(expected["top_1"])
+    assert zero_shot(images + 100, labels, centres - 50)["top_1"] < 0.8 * expected["top_1"]
+
+
+def test_more_ks_than_classes_are_all_of_them():
+    assert zero_shot(torch.eye(3), torch.arange(3).flip(0), torch.eye(3))["top_5"] == 1
+    assert zero_shot(torch.eye(3), torch.arange(3), torch.eye(3))["top_5_chance"] == 1
+
+
+def test_the_result_is_plain_numbers():
+    images, labels, centres = clustered()
+    found = zero_shot(images.bfloat16(), labels, centres.requires_grad_())
+    assert json.loads(json.dumps(found)) == found
+    assert {type(value) for value in found.values()} == {int, float}
+
+
+def test_the_interval_is_wilsons():
+    low, high = wilson_interval(0.5, 100)  # 0.5 -+ 0.5 z / sqrt(n + z^2)
+    assert (low, high) == pytest.approx((0.5 - 0.0961685, 0.5 + 0.0961685), abs=1e-6)
+    assert wilson_interval(0.0, 10) == pytest.approx((0, 0.2775328), abs=1e-6)  # z^2 / (n + z^2)
+    assert wilson_interval(1.0, 10) == pytest.approx((1 - 0.2775328, 1), abs=1e-6)
+    images, labels, centres = clustered()
+    found = zero_shot(images, labels, centres)
+    assert (found["top_1_low"], found["top_1_high"]) == wilson_interval(found["top_1"], 200)
+
+
+def test_labels_and_classes_that_do_not_fit_are_named():
+    images, labels, centres = clustered()
+    with pytest.raises(ValueError, match="labels of the images go up to 11, but there are 9 class embeddings"):
+        zero_shot(images, labels, centres[:9])
+    with pytest.raises(ValueError, match="images have 8 dimensions, classes 7"):
+        zero_shot(images, labels, centres[:, :7])
+    with pytest.raises(ValueError, match="200 of 200 images have no label"):
+        zero_shot(images, torch.full_like(labels, -1), centres)
+    with pytest.raises(ValueError, match=r"labels have shape \[199\]"):
+        zero_shot(images, labels[1:], centres)
+    with pytest.raises(ValueError, match=r"images have shape \[0, 8\]"):
+        zero_shot(images[:0], labels[:0], centres)
+    with pytest.raises(ValueError, match="classes of 1 of 12 samples contain NaN"):
+        zero_shot(images, labels, F.pad(centres[1:], (0, 0, 1, 0), value=float("nan")))
+    with pytest.raises(ValueError, match="recall at"):
+        zero_shot(images, labels, centres, ks=(0,))
+
+
+# templates
+
+
+@pytest.mark.parametrize(
+    "name, functions", [("imagenet", open_clip.OPENAI_IMAGENET_TEMPLATES), ("simple", open_clip.SIMPLE_IMAGENET_TEMPLATES)]
+)
+def test_named_templates_give_open_clips_prompts(name, functions):
+    templates = load_templates(name)
+    for word in ("goldfish", "a {b} c"):
+        assert [template.replace("{}", word) for template in templates] == [function(word) for function in functions]
+
+
+def test_a_template_file_has_one_a_line(tmp_path):
+    path = tmp_path / "templates.txt"
+    path.write_bytes("\ufeffa scan of a {}.\r\n\r\n  eine Ziffer: {}\n".encode())
+    assert load_templates(path) == ["a scan of a {}.", "eine Ziffer: {}"]
+    assert load_templates(str(path)) == load_templates(path)
+
+
+@pytest.mark.parametrize(
+    "content, message", [("a {} and {}", "has 2 times {}"), ("{}\na photo\n", "'a photo' has 0 times {}"), ("\n \n", "holds no templates")]
+)
+def test_a_template_file_that_cannot_serve_is_named(tmp_path, content, message):
+    path = tmp_path / "templates.txt"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=rf"templates\.txt.*{message}"):
+        load_templates(path)
+
+
+def test_unknown_names_list_the_known_ones():
+    with pytest.raises(ValueError, match="no templates 'imagnet'; known: 'imagenet', 'simple', or the path"):
+        load_templates("imagnet")
+    with pytest.raises(ValueError, match="no class names 'imagnet'; known: 'imagenet', or the path"):
+        load_class_names("imagnet")
+    with pytest.raises(ValueError, match=r"no class names 'nowhere/classes\.json'"):
+        load_class_names("nowhere/classes.json")
+
+
+# class names
+
+
+def test_imagenet_names_are_open_clips():
+    assert load_class_names("imagenet") == list(open_clip.IMAGENET_CLASSNAMES)
+
+
+def test_names_come_one_a_line_or_as_a_json_list(tmp_path):
+    names = ["great_white", "Zürich", "sea lion"]
+    (tmp_path / "names.txt").write_text("\n".join(names) + "\n\n", encoding="utf-8")
+    (tmp_path / "classes.json").write_text(json.dumps(names), encoding="utf-8")
+    for file in ("names.txt", "classes.json"):
+        assert load_class_names(tmp_path / file) == names
+        assert load_class_names(str(tmp_path / file), underscores_to_spaces=True) == ["great white", "Zürich", "sea lion"]
+
+
+def test_wordnet_ids_become_words_also_for_a_part_of_imagenet(tmp_path):
+    path = tmp_path / "classes.json"
+    path.write_text(json.dumps(["n01440764", "n01494475", "n04266014"]))
+    assert load_class_names(path) == ["tench", "hammerhead shark", "space shuttle"]
+    path.write_text(json.dumps(["n01440764", "n99999999"]))
+    with pytest.raises(ValueError, match=r"classes\.json holds WordNet ids outside ImageNet-1k, such as n99999999"):
+        load_class_names(path)
+
+
+@pytest.mark.parametrize(
+    "file, content, message",
+    [
+        ("a.txt", "cat\ndog\ncat\n", "names labels 0 and 2 both 'cat'"),
+        ("a.txt", "cat\n\ndog\n", "no name for label 1"),
+        ("a.txt", "", "holds no names"),
+        ("a.json", "[]", "holds no names"),
+        ("a.json", '["cat", " "]', "no name for label 1"),
+        ("a.json", '{"0": "cat"}', "no JSON list of texts"),
+        ("a.json", '["cat", 3]', "no JSON list of texts"),
+        ("a.json", "cat", "not JSON"),
+    ],
+)
+def test_a_class_file_that_cannot_serve_is_named(tmp_path, file, content, message):
+    path = tmp_path / file
+    path.write_text(content)
+    with pytest.raises(ValueError, match=rf"{file} .*{message}") as error:
+        load_class_names(path)
+    assert "\n" not in str(error.value)
+
+
+def test_names_that_become_equal_without_underscores_are_named(tmp_path):
+    path = tmp_path / "names.txt"
+    path.write_text("sea_lion\nsea lion\n")
+    assert len(load_class_names(path)) == 2
+    with pytest.raises(ValueError, match="labels 0 and 1 both 'sea lion'"):
+        load_class_names(path, underscores_to_spaces=True)
+
+
+def test_names_that_are_not_utf8_are_named(tmp_path):
+    for file in ("names.txt", "names.json"):
+        (tmp_path / file).write_bytes(b'["caf\xe9"]')
+        with pytest.raises(ValueError, match=r"names\.\w+ is not .*utf-8"):
+            load_class_names(tmp_path / file)
+
+
+def test_fewer_names_than_labels_are_refused_and_more_are_not():
+    with pytest.raises(ValueError, match=r"classes\.json holds 8 class names, but the labels of the images go up to 9"):
+        check_class_names(["a"] * 8, torch.tensor([0, 9, 2]), "classes.json")
+    check_class_names(["a"] * 11, torch.tensor([0, 9, 2]), "classes.json")
