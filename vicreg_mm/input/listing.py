@@ -1,7 +1,8 @@
 """The images of a source, in a fixed order, before any is read."""
 
+import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,12 +12,23 @@ SPLIT_NAMES = {"train", "training", "test", "testing", "val", "valid", "validati
 
 
 class Item(NamedTuple):
-    """One image: the file `name` below the listing's root or, where `size` is given, the bytes at `offset` of the root, a tar."""
+    """One image: the file `name` below the listing's root or, where `size` is given, the bytes at `offset` of the root, a tar.
+
+    image_id: the number that its source knows it by, if any.
+    """
 
     name: str
     label: int | None
     offset: int = 0
     size: int | None = None
+    captions: tuple[str, ...] = ()
+    image_id: int | None = None
+
+    @property
+    def annotation(self) -> bytes:
+        """The JSON field of a record: captions and image_id; empty for an image without captions."""
+        content = {"captions": self.captions} | ({} if self.image_id is None else {"image_id": self.image_id})
+        return json.dumps(content, ensure_ascii=False).encode() if self.captions else b""
 
 
 @dataclass(frozen=True)
@@ -24,12 +36,17 @@ class Listing:
     """All images of a source; `classes` names the labels 0, 1, ... and is empty where there are none.
 
     ignored: the number of files that are no images by their suffix.
+    bad: [(name, reason)], images that are no items since their source already shows that they cannot be used.
+    lost: [(name, reason)], captions and rows of a table that could not be read. counts: what became of captions -> how many.
     """
 
     root: Path
     items: list[Item]
     classes: list[str]
     ignored: int = 0
+    bad: list[tuple[str, str]] = field(default_factory=list)
+    lost: list[tuple[str, str]] = field(default_factory=list)
+    counts: dict[str, int] = field(default_factory=dict)
 
 
 def list_folder(root: Path) -> Listing:
@@ -51,7 +68,7 @@ def list_folder(root: Path) -> Listing:
     items = [Item(name, None) for name in images]
     ignored = len(files) - len(images)
     for label, name in enumerate(classes):
-        below = _files_below(root / name)
+        below = files_below(root / name)
         found = [Item(f"{name}/{file}", label) for file in below if is_image(file)]
         if not found:
             raise ValueError(f"class folder {root / name} holds no images; remove it (it would be a label)")
@@ -67,7 +84,7 @@ def is_image(name: str) -> bool:
     return name.lower().endswith(IMAGE_SUFFIXES)
 
 
-def _files_below(folder: Path) -> list[str]:
+def files_below(folder: Path) -> list[str]:
     """Paths of all files below `folder`, relative to it, sorted."""
     files = []
     for place, folders, names in os.walk(folder, followlinks=True):

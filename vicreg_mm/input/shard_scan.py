@@ -17,6 +17,7 @@ from webdataset.tariterators import base_plus_ext
 IMAGE_FIELDS = ("jpg", "jpeg", "png", "webp")
 FIELDS = (*IMAGE_FIELDS, "cls", "txt", "json")
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+PEEKED = 100  # (assumed: img2dataset writes null where a URL had no caption, and that may be the first)
 END_MARKER = bytes(2 * tarfile.BLOCKSIZE)
 
 
@@ -28,7 +29,7 @@ class ShardError(ValueError):
 class ShardScan:
     """One shard's samples. table: int64 [count, len(FIELDS), 2], byte offset and size of each field, size -1 where absent.
 
-    labels, captions: whether there are any (of JSON fields the first alone is looked at).
+    labels, captions: whether there are any (JSON fields are looked at, up to PEEKED of them, until captions are found).
     """
 
     name: str
@@ -127,13 +128,15 @@ def _damaged(name: str, folder: str, offset: int, fact: str) -> str:
 def _annotations(file, samples: list[dict[str, tuple[int, int]]]) -> tuple[bool, bool]:
     """Whether the shard has labels, and captions."""
     labels, captions = any("cls" in sample for sample in samples), any("txt" in sample for sample in samples)
-    place = next((sample["json"] for sample in samples if "json" in sample), None)
-    if place is not None:
+    places = [sample["json"] for sample in samples if "json" in sample]
+    for offset, size in places[:PEEKED]:
         try:
-            found = json.loads(os.pread(file.fileno(), place[1], place[0]))
+            found = json.loads(os.pread(file.fileno(), size, offset))
         except (ValueError, RecursionError):
-            found = None  # the reader says so when it comes to it
+            continue  # the reader says so when it comes to it
         if isinstance(found, dict):
             labels = labels or found.get("label") is not None
             captions = captions or bool(found.get("captions") or found.get("caption"))
+        if captions:
+            break
     return labels, captions

@@ -73,8 +73,9 @@ def write_shards(
     settings = _settings(listing, samples_per_shard, seed)
     _claim(folder, settings)
     if (folder / "index.json").exists():
-        index, bad = ShardIndex.open(folder), json.loads((folder / "bad.json").read_text())
-        return Written(index.num_samples, len(index.shards), 0, [tuple(pair) for pair in bad])
+        index, lost = ShardIndex.open(folder), set(listing.lost)
+        bad = [pair for pair in map(tuple, json.loads((folder / "bad.json").read_text())) if pair not in lost]
+        return Written(index.num_samples, len(index.shards), 0, bad)
     with _locked(folder):
         new, reports = _write_missing(listing, folder, samples_per_shard, seed, jobs, progress)
         bad = sorted(tuple(pair) for report in reports for pair in report["bad"])
@@ -83,7 +84,8 @@ def write_shards(
             (folder / SETTINGS).unlink()
             folder.rmdir()
             raise ValueError(f"none of the {len(bad)} images in {listing.root} can be used; the first: {bad[0][0]}: {bad[0][1]}")
-        _write_json(folder / "bad.json", bad)
+        bad = sorted([*bad, *listing.bad])
+        _write_json(folder / "bad.json", sorted([*bad, *listing.lost]))
         if listing.classes:
             _write_json(folder / "classes.json", listing.classes)
         index = write_index(folder, processes=jobs)
@@ -95,6 +97,7 @@ def _settings(listing: Listing, samples_per_shard: int, seed: int) -> dict[str, 
     digest = hashlib.sha256()
     for item in listing.items:
         digest.update(f"{item.name}\0{item.label}\n".encode("utf-8", "surrogateescape"))
+        digest.update(item.annotation)
     return {"images": len(listing.items), "listing": digest.hexdigest()[:16], "samples_per_shard": samples_per_shard, "seed": seed}
 
 
@@ -144,7 +147,7 @@ def _write_missing(
             reports[n] = report
             bar.update(report["samples"] + len(report["bad"]))
             for name, reason in report["bad"] if progress else ():
-                bar.write(f"bad image {name}: {reason}")
+                bar.write(_printable(f"bad image {name}: {reason}"))
     return len(missing), list(reports.values())
 
 
@@ -208,6 +211,8 @@ def _checked(root: Path, items: list[tuple[int, Item]], bad: list[tuple[str, str
         sample = {"__key__": _key(number, item.name), field: data}
         if item.label is not None:
             sample["cls"] = str(item.label).encode()
+        if item.captions:
+            sample["json"] = item.annotation
         yield sample
 
 
@@ -241,10 +246,17 @@ def _write_json(file: Path, value: Any) -> None:
     os.replace(temporary, file)
 
 
-def parser(description: str | None) -> argparse.ArgumentParser:
-    """The arguments that all scripts which write shards have in common."""
+def _printable(text: str) -> str:
+    """A file name may be no Unicode, which a terminal refuses."""
+    return text.encode(errors="backslashreplace").decode()
+
+
+def parser(description: str | None, **between: str) -> argparse.ArgumentParser:
+    """The arguments that all scripts which write shards have in common; between: name -> help of what stands between SOURCE and OUT."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, metavar="SOURCE", help="where the images are")
+    for name, text in between.items():
+        parser.add_argument(name, type=Path, metavar=name.upper(), help=text)
     parser.add_argument("out", type=Path, metavar="OUT", help="folder for the shards: new, empty, or begun by the same command")
     parser.add_argument("--samples_per_shard", type=int, default=1000, help="default: 1000")
     parser.add_argument("--seed", type=int, default=0, help="of the shuffle over the whole set; default: 0")
@@ -270,10 +282,16 @@ def write_from_command_line(list_images: Callable[[], Listing], options: argpars
         print("stopped; the same command continues with what is missing", file=sys.stderr)
         return 130
     labels = f"{len(listing.classes)} classes" if listing.classes else "no labels"
+    if any(item.captions for item in listing.items):
+        left_out = dict(written.bad)
+        labels = f"{sum(len(item.captions) for item in listing.items if item.name not in left_out):,} captions, {labels}"
     seconds = time.monotonic() - start
     print(f"{options.out}: {written.samples:,} images, {labels}, {written.shards} shards ({written.new_shards} new), {seconds:.1f} s")
     if listing.ignored:
         print(f"{listing.ignored} files that are no images were ignored")
+    for what, count in listing.counts.items():
+        print(f"{count:,} {what}")
     if written.bad:
-        print(f"{len(written.bad)} bad images were left out, listed in {options.out / 'bad.json'}; the first: {': '.join(written.bad[0])}")
+        first = _printable(": ".join(written.bad[0]))
+        print(f"{len(written.bad)} bad images were left out, listed in {options.out / 'bad.json'}; the first: {first}")
     return 0

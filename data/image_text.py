@@ -1,0 +1,60 @@
+r"""Turn images with captions into indexed webdataset shards, shuffled with a seed: one record per image, with all its captions.
+
+    python data/image_text.py SOURCE OUT
+    python data/image_text.py FOLDER OUT --captions names --name_pattern '^n\d+_(.*)$'
+
+SOURCE: a table (.csv, .tsv, .parquet; UTF-8, with a header) with a column of paths and a column of captions, where several rows of one
+path are captions of one image; or a folder: images at any depth with KEY.txt beside them, or images whose names say what they show.
+OUT gets shard-*.tar, index.json, index.npy, bad.json, source.json and, where class folders are the captions, classes.json;
+data/README.md says what they hold and what becomes of captions that cannot be used as they are.
+An interrupted run is continued by the same command. What img2dataset wrote needs no script: `vicreg-mm shards index FOLDER`.
+"""
+
+import argparse
+from pathlib import Path
+
+from vicreg_mm.input.listing import Listing
+from vicreg_mm.input.pairs import MAX_MISSING, list_folder_by_names, list_folder_with_texts, list_table
+from vicreg_mm.input.writing import parser, write_from_command_line
+
+OF_TABLES = ("root", "path_column", "caption_column", "quotes", "max_missing")
+OF_FOLDERS = ("captions", "name_pattern")
+
+
+def list_pairs(options: argparse.Namespace) -> Listing:
+    """The images of SOURCE with their captions; raises ValueError for a source that cannot be read, or an option that it does not use."""
+    source: Path = options.source
+    if not source.exists():
+        raise ValueError(f"{source} does not exist")
+    for name in OF_TABLES if source.is_dir() else OF_FOLDERS:
+        if getattr(options, name) is not None:
+            raise ValueError(f"--{name} has no effect: {source} is a {'folder' if source.is_dir() else 'file'}")
+    if not source.is_dir():
+        if options.quotes and source.suffix.lower() == ".parquet":
+            raise ValueError(f"--quotes has no effect: {source} is not .csv or .tsv")
+        max_missing = MAX_MISSING if options.max_missing is None else options.max_missing
+        return list_table(source, options.root, options.path_column, options.caption_column, options.quotes != "none", max_missing)
+    if options.captions == "names":
+        return list_folder_by_names(source, options.name_pattern)
+    if options.name_pattern is not None:
+        raise ValueError("--name_pattern has no effect without --captions names")
+    return list_folder_with_texts(source)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options_parser = parser(__doc__)
+    table = options_parser.add_argument_group("of a table")
+    table.add_argument("--root", type=Path, help="folder of relative paths; default: the table's")
+    table.add_argument("--path_column", metavar="NAME", help="default: the one called path, image, filepath, file_name, ...")
+    table.add_argument("--caption_column", metavar="NAME", help="default: the one called caption, text, title, ...")
+    table.add_argument("--quotes", choices=["double", "none"], help='whether " encloses cells (the default), or is a character like others')
+    table.add_argument("--max_missing", type=float, metavar="SHARE", help=f"of images that may be missing; default: {MAX_MISSING}")
+    folder = options_parser.add_argument_group("of a folder")
+    folder.add_argument("--captions", choices=["txt", "names"], help="KEY.txt beside the image (the default); class folder or file name")
+    folder.add_argument("--name_pattern", metavar="REGEX", help="of --captions names: the first group is the caption")
+    options = options_parser.parse_args(arguments)
+    return write_from_command_line(lambda: list_pairs(options), options)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
