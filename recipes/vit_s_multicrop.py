@@ -7,7 +7,7 @@
 A step costs 1.73 times the FLOPs of two crops (a 96-px crop takes 0.183 of a 224-px one); --num_local 4 1.37 times, 0 is two-view VICReg.
 Source of every number: as in vit_l_multicrop.py, but drop path 0.1 and no layer decay, which are DINO's for ViT-S (arXiv:2104.14294), and
 batch 512 with a width of 2048: covariance then has the floor of the published setting, D / (N - 1) - 1 = 3.0. 100 epochs: chosen here.
-For a ResNet, multi-crop VICReg is not offered: VICRegL's authors could not make local crops work there (arXiv:2210.01571).
+ResNets are not the default for a reason: VICRegL's authors could not make local crops work there (arXiv:2210.01571).
 Expected: not run yet. Two-view VICReg with a ViT-S branch is published beside a ResNet-50 only (66.2 %, arXiv:2105.04906, table 5).
 """
 

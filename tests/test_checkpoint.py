@@ -95,7 +95,7 @@ def test_no_space_left_keeps_the_checkpoint_before(tmp_path):
     first = checkpoint.save(checkpoint.folder_of(run, 1), engine, {"step": 1})
     full = OSError(errno.ENOSPC, "No space left on device")
     with (
-        mock.patch.object(checkpoint, "save_file", side_effect=full),
+        mock.patch.object(checkpoint, "write_tensors", side_effect=full),
         pytest.raises(CheckpointError, match=r"No space left on device.*untouched"),
     ):
         checkpoint.save(checkpoint.folder_of(run, 2), engine, {"step": 2})

@@ -74,6 +74,11 @@ def test_a_malformed_value_is_one_line_with_its_name(arguments, message):
         (["--input.local_size", "64"], "--input.local_size has no effect without local views; give --num_local"),
         (["--input.local-scale", "0.1", "0.2"], "--input.local-scale has no effect without local views"),
         (["--num_local", "2", "--input.local_size", "0"], "input.local_size is 0; it must be positive"),
+        (["--num_local", "2", "--input.local_size", "256"], "input.local_size 256 is larger than input.image_size 224"),
+        (
+            ["--engine.activation_checkpointing", "False"],
+            "unexpected 'False': a switch takes no value, --NAME turns it on and --no-NAME off",
+        ),
         (["--optim.layer_decay", "1.5"], "optim.layer_decay is 1.5; it is a factor above 0 and at most 1"),
         (["--optim.patch_lr_scale", "0"], "optim.patch_lr_scale is 0.0; it is a factor above 0"),
         (["--optim.final_weight_decay", "-0.1"], "optim.final_weight_decay is -0.1; it cannot be negative"),

@@ -13,7 +13,7 @@ from vicreg_mm.evaluation.features import extract_features, frozen, raw_pixels
 from vicreg_mm.evaluation.knn import knn_accuracy, knn_predictions
 from vicreg_mm.evaluation.linear_probe import draw_per_class, few_labels, linear_probe
 from vicreg_mm.evaluation.report import compare_encoders, evaluation_table
-from vicreg_mm.input.loader import Batch
+from vicreg_mm.input.batch import Batch
 
 
 def batches(images, labels, size=7):

@@ -7,7 +7,7 @@ import torch
 
 from tests.tiny import tiny_config
 from vicreg_mm.config import ConfigError
-from vicreg_mm.launch import deepspeed_settings
+from vicreg_mm.launch import BUCKET, deepspeed_settings
 
 
 def settings(tmp_path, user=None, world_size=2, **changes):
@@ -37,7 +37,9 @@ def test_mixed_precision_is_autocast_with_float32_reductions(tmp_path):
 
 def test_a_users_file_is_merged_over_ours(tmp_path):
     made = settings(tmp_path, {"zero_optimization": {"stage": 2, "overlap_comm": True}, "wall_clock_breakdown": True}, engine__zero_stage=1)
-    assert made["zero_optimization"] == {"stage": 2, "overlap_comm": True}
+    assert made["zero_optimization"] == {
+        "stage": 2, "overlap_comm": True, "reduce_bucket_size": BUCKET, "allgather_bucket_size": BUCKET,
+    }  # fmt: skip
     assert made["wall_clock_breakdown"] and made["gradient_clipping"] == 0.0
 
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from tests.shard_makers import jpeg, sample, write_set
-from vicreg_mm.input.loader import Batch, LabelledLoader, PretrainLoader
+from vicreg_mm.input.batch import Batch
+from vicreg_mm.input.loader import LabelledLoader, PretrainLoader
 from vicreg_mm.input.plan import Plan, Position
 from vicreg_mm.input.presets import build_policy
 from vicreg_mm.input.shards import ShardError, ShardIndex, write_index

@@ -83,7 +83,7 @@ def test_the_patch_embedding_learns_slower_still(name, first, after):
 
 
 def test_a_scale_that_an_encoder_has_no_place_for_is_refused():
-    with pytest.raises(ValueError, match=r"patch_lr_scale 0.2 has no effect: encoder 'timm/resnet10t' has no patch embedding"):
+    with pytest.raises(ValueError, match=r"patch_lr_scale 0.2 has no effect: encoder 'timm/resnet10t' is not known to have a patch"):
         parameter_groups(Wrapped("timm/resnet10t"), OptimConfig(patch_lr_scale=0.2))
 
 

@@ -96,6 +96,7 @@ def outcomes(digits, damaged, hopeless, tmp_path_factory):
         "crops in vain": config("crops in vain", num_local=2, input__local_size=16),
         "crop size": config("crop size", num_local=1, input__local_size=20, encoder__name="timm/test_vit", objective=MULTICROP),
         "crop scale": config("crop scale", num_local=1, input__local_scale=(0.3, 1.3), objective=MULTICROP),
+        "crop larger": config("crop larger", num_local=1, input__local_size=64, objective=MULTICROP),
         "image size": config("image size", input__image_size=40, encoder__name="timm/test_vit"),
         "patch rate": config("patch rate", optim__patch_lr_scale=0.2),
         "layer scale": config("layer scale", encoder__layer_scale=1e-5),
@@ -167,13 +168,16 @@ def test_gauges_and_gradient_norms_belong_to_their_step(outcomes):
         (
             "no crops",
             "the objective needs the views global_0, global_1, local_0, local_1, but the loader offers only global_0, global_1; "
-            "missing: local_0, local_1",
+            "missing: local_0, local_1 (--num_local sets both sides)",
         ),
-        ("crops in vain", "the loader makes the views local_0, local_1 in vain: the objective needs only global_0, global_1"),
+        (
+            "crops in vain",
+            "the loader makes the views local_0, local_1 in vain: the objective needs only global_0, global_1; leave out --num_local",
+        ),
         ("crop size", "view local_0 has 20 pixels, no multiple of the patch of encoder 'timm/test_vit', 16 pixels; choose 16 or 32"),
         ("crop scale", "view 'local_0': scale (0.3, 1.3); expected (low, high) with 0 < low <= high and at most 1"),
         ("image size", "image_size 40 is no multiple of the patch"),
-        ("patch rate", "optim.patch_lr_scale 0.2 has no effect: encoder 'timm/test_resnet' has no patch embedding"),
+        ("patch rate", "optim.patch_lr_scale 0.2 has no effect: encoder 'timm/test_resnet' is not known to have a patch embedding; give 1"),
         ("layer scale", "layer_scale=1e-05 has no effect on encoder 'timm/test_resnet'"),
     ],
 )

@@ -14,7 +14,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vicreg_mm import config as configs
-from vicreg_mm import distributed
+from vicreg_mm import distributed, engine_state
 from vicreg_mm.encoders import VisionEncoder, build_vision
+from vicreg_mm.tensor_file import write_tensors
 
 STATE = ("step", "milestone", "data", "loss_scale", "journal")
 """What state.json must hold; the configuration, the position and the number of ranks are there for the reader."""
@@ -36,176 +37,86 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be written or read: one line that names it and what would do."""
 
 
-# Saving and loading the state of a DeepSpeed engine, whole --------------------------------------------------------------
-
-
-def model_state(engine: Any) -> dict[str, Tensor]:
-    """Every parameter and buffer, on the host of rank 0 (empty elsewhere). All ranks must call it."""
-    if engine.zero_optimization_stage() < 3:
-        return _to_host(engine.module.state_dict()) if distributed.is_main() else {}
-    import deepspeed
-
-    state: dict[str, Tensor] = {}
-    for name, parameter in engine.module.named_parameters():  # one at a time: never the whole model on the device
-        with deepspeed.zero.GatheredParameters([parameter]):
-            if distributed.is_main():
-                state[name] = parameter.detach().cpu().clone()
-    if distributed.is_main():
-        persistent = set(engine.module.state_dict())
-        state.update(_to_host({name: buffer for name, buffer in engine.module.named_buffers() if name in persistent}))
-    return state
-
-
-def optimizer_state(engine: Any) -> dict[str, Tensor]:
-    """NAME/STATE -> whole tensor for every state of every trained parameter, on the host of rank 0. All ranks must call it."""
-    state: dict[str, Tensor] = {}
-    for name, parameter, kept in _whole_optimizer_state(engine):
-        del parameter
-        if distributed.is_main():
-            state.update({f"{name}/{key}": value.detach().cpu().clone().contiguous() for key, value in kept.items()})
-    return state
-
-
-def restore_optimizer(engine: Any, path: Path) -> None:
-    """Give the engine's fresh optimizer the states that `optimizer_state` saved, each rank its own part."""
-    names = {id(p): name for name, p in engine.module.named_parameters()}
-    with _opened(path) as saved:
-        keys: dict[str, list[str]] = {}
-        for entry in saved.keys():
-            name, _, key = entry.rpartition("/")
-            keys.setdefault(name, []).append(key)
-        trained = {name for name, p in engine.module.named_parameters() if p.requires_grad}
-        if keys and set(keys) != trained:
-            differing = sorted(set(keys) ^ trained)
-            raise CheckpointError(f"{path}: the optimizer's parameters are not those of this model; differing: {', '.join(differing[:8])}")
-        if keys:
-            _fill_optimizer(engine, names, keys, lambda name, key: saved.get_tensor(f"{name}/{key}"))
-
-
-def _opened(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt")
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}{REMOVE}") from error
-
-
-def _base_optimizer(engine: Any) -> torch.optim.Optimizer:
-    return engine.optimizer if engine.zero_optimization_stage() == 0 else engine.optimizer.optimizer
-
-
-def _flat_groups(engine: Any) -> list[tuple[Tensor, list[Tensor]]]:
-    """Stages 1 to 3: this rank's flat piece of every group, as the optimizer sees it, with the parameters that it is a piece of."""
-    zero = engine.optimizer
-    if engine.zero_optimization_stage() == 3:
-        return list(zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True))
-    return list(zip(zero.single_partition_of_fp32_groups, zero.bit16_groups, strict=True))
-
-
-def _own_piece(engine: Any, parameter: Tensor, flat: Tensor) -> tuple[slice, slice] | None:
-    """Where this rank's piece of a parameter lies: (in the flattened parameter, in the rank's flat tensor); None if it has none."""
-    if engine.zero_optimization_stage() == 3:
-        _, start, length = engine.optimizer.grad_position[engine.optimizer.get_param_id(parameter)]
-        first = length * distributed.rank()  # the last piece is padded: it may reach past the parameter's end
-        inside = max(0, min(length, parameter.ds_numel - first))  # type: ignore[attr-defined]
-        return (slice(first, first + inside), slice(start, start + inside)) if inside else None
-    mapping = parameter._hp_mapping  # type: ignore[attr-defined]
-    if mapping is None:
-        return None
-    whole, piece = mapping.lp_fragment_address, mapping.hp_fragment_address
-    return slice(whole.start, whole.start + whole.numel), slice(piece.start, piece.start + piece.numel)
-
-
-def _whole_optimizer_state(engine: Any) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
-    names = {id(p): name for name, p in engine.module.named_parameters()}
-    optimizer = _base_optimizer(engine)
-    if engine.zero_optimization_stage() == 0:
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                yield names[id(p)], p, {key: torch.as_tensor(value) for key, value in optimizer.state[p].items()}
-        return
-    for flat, parameters in _flat_groups(engine):
-        for p in parameters:
-            shape = p.ds_shape if hasattr(p, "ds_shape") else p.shape
-            kept: dict[str, Tensor] = {}
-            for key, value in optimizer.state[flat].items():
-                if not isinstance(value, Tensor) or value.shape != flat.shape:
-                    kept[key] = torch.as_tensor(value)
-                    continue
-                whole = torch.zeros(shape, dtype=value.dtype, device=value.device).flatten()
-                own = _own_piece(engine, p, flat)
-                if own is not None:
-                    whole[own[0]] = value[own[1]]
-                kept[key] = distributed.sum_over_ranks(whole).view(shape)  # exact: every element is one rank's, zero elsewhere
-            yield names[id(p)], p, kept
-
-
-def _fill_optimizer(engine: Any, names: Mapping[int, str], keys: Mapping[str, list[str]], read: Any) -> None:
-    optimizer = _base_optimizer(engine)
-    if engine.zero_optimization_stage() == 0:
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                for key in keys[names[id(p)]]:
-                    value = read(names[id(p)], key)
-                    optimizer.state[p][key] = value.to(p.device) if value.ndim else value
-        return
-    for flat, parameters in _flat_groups(engine):
-        state = optimizer.state[flat]
-        for p in parameters:
-            for key in keys[names[id(p)]]:
-                value = read(names[id(p)], key)
-                if value.ndim == 0:
-                    state[key] = value
-                    continue
-                own = _own_piece(engine, p, flat)
-                if key not in state:
-                    state[key] = torch.zeros_like(flat)
-                if own is not None:
-                    state[key][own[1]] = value.flatten()[own[0]].to(flat.device)
-
-
-def _to_host(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.detach().cpu().clone().contiguous() for name, value in state.items()}
-
-
 # The folder -------------------------------------------------------------------------------------------------------------
 
 
 def save(folder: Path, engine: Any, state: Mapping[str, Any]) -> Path:
-    """Write the checkpoint `folder` whole, or not at all. All ranks must call it; raises CheckpointError on every rank."""
-    problem = None
-    model, optimizer = model_state(engine), optimizer_state(engine)
-    if distributed.is_main():
-        try:
-            _write_folder(folder, model, optimizer, state)
-        except CheckpointError as error:
-            problem = str(error)
-        except (OSError, SafetensorError) as error:
-            problem = f"could not save {folder}: {error}; the checkpoints before it are untouched"
-    problem = distributed.broadcast_object(problem)
+    """Write the checkpoint `folder` whole, or not at all. All ranks must call it; raises CheckpointError on every rank.
+
+    Rank 0 writes tensor by tensor: its memory holds one whole tensor beside what the engine holds.
+    """
+    writer = _Writer(folder) if distributed.is_main() else None
+    try:
+        for name, entries, tensors in (
+            ("model.safetensors", engine_state.model_entries(engine), engine_state.model_tensors(engine)),
+            ("optimizer.safetensors", engine_state.optimizer_entries(engine), engine_state.optimizer_tensors(engine)),
+        ):
+            if writer is not None:
+                writer.write(name, entries, tensors, finite=name.startswith("model"))
+            for _ in tensors:  # the other ranks, and rank 0 after a failure, still take part in the gathering
+                pass
+        if writer is not None:
+            writer.commit(state)
+        problem = distributed.broadcast_object(None if writer is None else writer.problem)
+    finally:
+        if writer is not None:
+            writer.clear()
     if problem:
         raise CheckpointError(problem)
     return folder
 
 
-def _write_folder(folder: Path, model: dict[str, Tensor], optimizer: dict[str, Tensor], state: Mapping[str, Any]) -> None:
-    for name, value in model.items():
-        if value.is_floating_point() and not torch.isfinite(value).all():
-            raise CheckpointError(f"did not save {folder}: {name} is not finite; the checkpoints before it are untouched")
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-        save_file(model, partial / "model.safetensors")
-        save_file(optimizer, partial / "optimizer.safetensors")
-        (partial / "state.json").write_text(json.dumps(state, indent=2) + "\n")
-        for file in partial.iterdir():
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
-        if folder.exists():  # the same step saved before: same contents
-            shutil.rmtree(folder)
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+class _Writer:
+    """A checkpoint's folder under another name until it is whole; `problem` is what went wrong first, after which nothing is written."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.partial = folder.with_name(f".{folder.name}.partial")
+        self.problem: str | None = None
+        shutil.rmtree(self.partial, ignore_errors=True)
+
+    def write(self, name: str, entries: Sequence[engine_state.Entry], tensors: Iterable[Tensor], finite: bool) -> None:
+        """A file of tensors. finite: a value that is not is a problem."""
+        if self.problem:
+            return
+        try:
+            self.partial.mkdir(parents=True, exist_ok=True)
+            write_tensors(self.partial / name, entries, self._checked(entries, tensors) if finite else tensors)
+        except CheckpointError as error:
+            self.problem = f"did not save {self.folder}: {error}; the checkpoints before it are untouched"
+        except OSError as error:
+            self._failed(error)
+
+    def _checked(self, entries: Sequence[engine_state.Entry], tensors: Iterable[Tensor]) -> Iterator[Tensor]:
+        rest = iter(tensors)
+        for entry in entries:
+            tensor = next(rest)
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                raise CheckpointError(f"{entry.name} is not finite")
+            yield tensor
+            del tensor
+
+    def commit(self, state: Mapping[str, Any]) -> None:
+        """Add state.json and take the folder's name."""
+        if self.problem:
+            return
+        try:
+            with (self.partial / "state.json").open("w") as file:
+                file.write(json.dumps(state, indent=2) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            if self.folder.exists():  # the same step saved before: same contents
+                shutil.rmtree(self.folder)
+            self.partial.rename(self.folder)
+        except OSError as error:
+            self._failed(error)
+
+    def _failed(self, error: OSError) -> None:
+        self.problem = f"could not save {self.folder}: {error}; the checkpoints before it are untouched"
+
+    def clear(self) -> None:
+        """Remove what is not whole."""
+        shutil.rmtree(self.partial, ignore_errors=True)
 
 
 def folder_of(run: Path, step: int) -> Path:
@@ -238,6 +149,28 @@ def read_state(folder: Path) -> dict[str, Any]:
 def load_model(module: nn.Module, folder: Path) -> None:
     """Give a module the parameters and buffers of a checkpoint; before DeepSpeed wraps it."""
     load_strictly(module, read_tensors(folder / "model.safetensors"), str(folder))
+
+
+def restore_optimizer(engine: Any, path: Path) -> None:
+    """Give the engine's fresh optimizer the states of a checkpoint, each rank its own part."""
+    with _opened(path) as saved:
+        keys: dict[str, list[str]] = {}
+        for entry in saved.keys():
+            name, _, key = entry.rpartition("/")
+            keys.setdefault(name, []).append(key)
+        trained = {name for name, p in engine.module.named_parameters() if p.requires_grad}
+        if keys and set(keys) != trained:
+            differing = sorted(set(keys) ^ trained)
+            raise CheckpointError(f"{path}: the optimizer's parameters are not those of this model; differing: {', '.join(differing[:8])}")
+        if keys:
+            engine_state.fill_optimizer(engine, keys, lambda name, key: saved.get_tensor(f"{name}/{key}"))
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}{REMOVE}") from error
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

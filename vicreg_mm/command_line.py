@@ -93,6 +93,11 @@ def _objective_options(unknown: list[str]) -> dict[str, Any]:
                 options[name.removeprefix(prefix)] = json.loads(value.lower() if value in ("True", "False") else value)
             except json.JSONDecodeError:
                 options[name.removeprefix(prefix)] = value
+        elif not name.startswith("-"):
+            raise ConfigError(
+                f"unexpected '{word}': a switch takes no value, --NAME turns it on and --no-NAME off, "
+                "as --engine.no-activation-checkpointing"
+            )
         else:
             known = [f"--{key}" for key in to_flat(RunConfig(name="")) if key != "name"]
             close = difflib.get_close_matches(name.replace("-", "_").replace("__", "--", 1), known, n=3, cutoff=0.5)

@@ -72,6 +72,28 @@ class EncoderConfig:
 
 
 @dataclass(frozen=True)
+class TextConfig:
+    """Captions and their encoder, for objectives that take texts."""
+
+    tokenizer: str = ""
+    """"open_clip", a sentencepiece .model, or a folder that holds tokenizer.model; empty: the shards' folder."""
+    views: str = "default"
+    """Augmentation preset: none, eda, default, long."""
+    synonyms: str = ""
+    """File of synonyms, for presets that replace words."""
+    context: int = 32
+    """Tokens in a text, start and end included; longer ones are cut."""
+    encoder: Literal["transformer", "gru"] = "transformer"
+    """transformer: open_clip's; gru: word embeddings of 300 and a GRU, as VSE++."""
+    width: int = 512
+    """Width of its features."""
+    depth: int = 12
+    """Layers; 1 for gru."""
+    heads: int = 8
+    """Attention heads; 1 for gru."""
+
+
+@dataclass(frozen=True)
 class ExpanderConfig:
     """The projector from features to embeddings, thrown away after pretraining."""
 
@@ -110,7 +132,7 @@ class OptimConfig:
     layer_decay: float = 1.0
     """Each layer of the encoder learns at this multiple of the rate of the layer after it; the expander at the full rate."""
     patch_lr_scale: float = 1.0
-    """The patch embedding (the first convolution of a transformer or ConvNeXt) learns at this multiple of its layer's rate."""
+    """The patch embedding of a transformer, the stem of a ConvNeXt, learns at this multiple of its layer's rate."""
     weight_decay: float = 0.04
     """Decay of parameters with at least two dimensions."""
     final_weight_decay: float | None = None
@@ -183,6 +205,7 @@ class RunConfig:
     """The recipe's name: the run directory is runs/NAME-NNN unless `run` is given."""
     input: InputConfig = InputConfig()
     encoder: EncoderConfig = EncoderConfig()
+    text: TextConfig = TextConfig()
     expander: ExpanderConfig = ExpanderConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     optim: OptimConfig = OptimConfig()
@@ -264,6 +287,11 @@ def check(config: RunConfig) -> None:
         raise ConfigError("input.steps_per_epoch has no effect with input.mode planned: the data set's size decides")
     if not all(0 <= beta < 1 for beta in config.optim.betas):
         raise ConfigError(f"optim.betas is {config.optim.betas}; both must be from 0 to below 1")
+    if config.num_local and config.input.local_size > config.input.image_size:
+        raise ConfigError(
+            f"input.local_size {config.input.local_size} is larger than input.image_size {config.input.image_size}: "
+            "local views are the small ones"
+        )
     _check_effects(config)
     if bool(config.evaluation.train) != bool(config.evaluation.test):
         raise ConfigError("evaluation.train and evaluation.test go together: one of them is empty")

@@ -24,6 +24,8 @@ MERGED = (
 )  # fmt: skip
 """Sections of a user's DeepSpeed file that are merged over ours; none moves the loss. DeepSpeed itself accepts any key without a word."""
 
+BUCKET = 50_000_000  # elements that are reduced or gathered at once (assumed: large beside a latency, small beside a model)
+
 OURS = {
     "optimizer": "--optim.*", "scheduler": "--optim.warmup_epochs and --optim.final_lr_ratio", "gradient_clipping": "--optim.clip",
     "fp16": "--engine.precision fp16", "bf16": "--engine.precision bf16", "bfloat16": "--engine.precision bf16",
@@ -48,7 +50,8 @@ def deepspeed_settings(config: RunConfig, world_size: int, device: torch.device)
         "gradient_accumulation_steps": 1,
         "gradient_clipping": config.optim.clip,  # DeepSpeed clips at 1.0 where the key is absent
         "steps_per_print": 2**31,
-        "zero_optimization": {"stage": config.engine.zero_stage},
+        # DeepSpeed's 5e8 elements are 2 GiB of float32 for every buffer; torch's own buckets hold 7e6
+        "zero_optimization": {"stage": config.engine.zero_stage, "reduce_bucket_size": BUCKET, "allgather_bucket_size": BUCKET},
         "zero_allow_untested_optimizer": config.optim.name == "sgd",  # elementwise: right on flat pieces; LARS is not
     }
     if config.engine.precision != "fp32":

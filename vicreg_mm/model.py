@@ -6,9 +6,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from vicreg_mm import objectives
-from vicreg_mm.encoders import VisionEncoder, build_vision
+from vicreg_mm import distributed, objectives
+from vicreg_mm.encoders import TextEncoder, VisionEncoder, build_vision
 from vicreg_mm.expander import Expander
+from vicreg_mm.objectives.graph import TEXT_PREFIX
 
 
 class Normalize(nn.Module):
@@ -31,24 +32,38 @@ def has_batchnorm(module: nn.Module) -> bool:
     return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in module.modules())
 
 
+class TextTower(nn.Module):
+    """The text encoder of a model and its expander; expander: None where the objective wants features alone."""
+
+    encoder: TextEncoder
+
+    def __init__(self, encoder: TextEncoder, expander: Expander | None):
+        super().__init__()
+        self.encoder = encoder
+        self.expander = expander
+
+
 class PretrainModel(nn.Module):
-    """Encode the views, expand the features, score the embeddings.
+    """Encode the views, expand the features, score the embeddings. Views called text_* are token ids and go through the text tower.
 
     joint: the encoder takes all views of one resolution in one forward instead of one view at a time; None: where it has no BatchNorm,
     whose statistics a joint batch would change. joint_expander: the same for the expander, whose BatchNorm then normalises the views of
-    one resolution together.
+    one resolution together. expander: None where the objective wants features alone. text: the text tower, where it wants texts.
     """
 
     encoder: VisionEncoder
+    expander: Expander | None
     objective: Any  # a registered objective: nn.Module with `needs`
+    text: TextTower | None
 
     def __init__(
         self,
         encoder: VisionEncoder,
-        expander: Expander,
+        expander: Expander | None,
         objective: nn.Module,
         joint: bool | None = None,
         joint_expander: bool = False,
+        text: TextTower | None = None,
     ):
         super().__init__()
         self.encoder = encoder
@@ -57,29 +72,22 @@ class PretrainModel(nn.Module):
         self.normalize = Normalize(encoder.mean, encoder.std)
         self.joint = not has_batchnorm(encoder) if joint is None else joint
         self.joint_expander = joint_expander
+        self.text = text
 
     def check_views(self, offered: Mapping[str, int]) -> None:
-        """Raise ValueError unless the loader offers the views that the objective needs, no others, in sizes that the encoder takes.
-
-        offered: pixels by view name.
-        """
-        needed = self.objective.needs.views
-        missing = [name for name in needed if name not in offered]
-        if missing:
-            raise ValueError(
-                f"the objective needs the views {', '.join(needed)}, but the loader offers only {', '.join(offered)}; "
-                f"missing: {', '.join(missing)}"
-            )
-        unused = [name for name in offered if name not in needed]
-        if unused:
-            raise ValueError(f"the loader makes the views {', '.join(unused)} in vain: the objective needs only {', '.join(needed)}")
-        for name in needed:
-            self.encoder.check_size(name, offered[name])
+        """`check_views` of this model's objective and encoder."""
+        check_views(self.objective.needs.all_views, offered, self.encoder)
 
     def encode(self, views: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Features [N, F] of every view that the objective needs; views: uint8 [N, 3, H, W]."""
-        own = {name: views[name] for name in self.objective.needs.views if name in views}
-        return _apply(self._features, own, _resolutions(own) if self.joint else [[name] for name in own])
+        """Features [N, F] of every view that the objective needs; views: uint8 [N, 3, H, W] of images, int64 [N, context] of texts."""
+        own = {name: views[name] for name in self.objective.needs.all_views if name in views}
+        images = {name: view for name, view in own.items() if not is_text(name)}
+        texts = {name: view for name, view in own.items() if is_text(name)}
+        features = _apply(self._features, images, _resolutions(images) if self.joint else [[name] for name in images])
+        if texts:
+            assert self.text is not None
+            features |= _apply(self.text.encoder, texts, [list(texts)])  # no BatchNorm there
+        return {name: features[name] for name in own}
 
     def _features(self, images: Tensor) -> Tensor:
         # transformers cannot reshape an empty batch; a rank without a good record encodes a black image and keeps none of it
@@ -95,11 +103,9 @@ class PretrainModel(nn.Module):
         resolutions: Sequence[Sequence[str]] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and logs of features that `encode` gave. resolutions: the names of the views that share one, for `joint_expander`."""
-        groups: Sequence[Sequence[str]] = [[name] for name in features]
-        if self.joint_expander:
-            assert resolutions is not None, "a joint expander must be told which views share a resolution"
-            groups = resolutions
-        embeddings = _apply(self.expander, features, groups)
+        embeddings = self.embed(features, resolutions)
+        needs = self.objective.needs
+        context = {**(context or {}), "features": {name: features[name] for name in needs.features if name in features}}
         output = self.objective(embeddings, context)
         logs = {"loss/total": output.loss.detach()}
         logs.update({f"loss/{name}": term.detach() for name, term in output.terms.items()})
@@ -110,15 +116,45 @@ class PretrainModel(nn.Module):
         logs["features"] = features[first].detach()
         return output.loss, logs
 
+    def embed(self, features: Mapping[str, Tensor], resolutions: Sequence[Sequence[str]] | None = None) -> dict[str, Tensor]:
+        """Embeddings [N, D] of the views that the objective wants as such; arguments as in `score`."""
+        own = {name: features[name] for name in self.objective.needs.views if name in features}
+        groups: Sequence[Sequence[str]] = [[name] for name in own]
+        if self.joint_expander:
+            assert resolutions is not None, "a joint expander must be told which views share a resolution"
+            groups = [members for group in resolutions if (members := [name for name in group if name in own])]
+        embeddings: dict[str, Tensor] = {}
+        for group in groups:
+            expander = self.text.expander if is_text(group[0]) and self.text is not None else self.expander
+            assert expander is not None
+            embeddings |= _apply(expander, {name: own[name] for name in group}, [group])
+        return {name: embeddings[name] for name in own}
+
     def forward(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """`batch.views`: uint8 [N, 3, H, W] by view name. Returns the loss and metrics by their name in metrics.jsonl."""
+        """`batch`: an `input.batch.Batch`. Returns the loss and metrics by their name in metrics.jsonl."""
         features = self.encode(batch.views)
-        return self.score(features, resolutions=_resolutions({name: batch.views[name] for name in features}))
+        context: dict[str, Any] = {}
+        image_ids = getattr(batch, "image_ids", None)
+        if image_ids is not None:
+            weights = duplicate_weights(image_ids)
+            context["row_weights"] = {name: weights for name in features if not is_text(name)}
+        return self.score(features, context, _resolutions({name: batch.views[name] for name in features}))
 
     def after_step(self, progress: float) -> None:
         """Called after each optimizer step; progress: the share of the run that is done, 0 to 1."""
         if hasattr(self.objective, "after_step"):
             self.objective.after_step(progress)
+
+
+def is_text(view: str) -> bool:
+    """Whether a view's name is that of a text."""
+    return view.startswith(TEXT_PREFIX)
+
+
+def duplicate_weights(ids: Tensor) -> Tensor:
+    """1/m for a row whose id stands m times in the batch of all ranks: [n] -> [n] in float32. Every rank must call it."""
+    everyone = distributed.gather_rows(ids, distributed.exchange_counts(len(ids), ids.device))
+    return 1.0 / (ids[:, None] == everyone[None, :]).sum(1).float()
 
 
 def _resolutions(views: Mapping[str, Tensor]) -> list[list[str]]:
@@ -136,6 +172,29 @@ def _apply(module: Callable[[Tensor], Tensor], inputs: Mapping[str, Tensor], gro
         joined = inputs[group[0]] if len(group) == 1 else torch.cat([inputs[name] for name in group])
         outputs.update(zip(group, module(joined).split([len(inputs[name]) for name in group]), strict=True))
     return {name: outputs[name] for name in inputs}
+
+
+def check_views(needed: Sequence[str], offered: Mapping[str, int], encoder: VisionEncoder) -> None:
+    """Raise ValueError unless the loader offers the views that the objective needs, no others, in sizes that the encoder takes.
+
+    offered: pixels (of texts: context) by view name.
+    """
+    remedy = "--num_local sets both sides" if any(name.startswith("local_") for name in {*needed} ^ {*offered}) else ""
+    missing = [name for name in needed if name not in offered]
+    if missing:
+        raise ValueError(
+            f"the objective needs the views {', '.join(needed)}, but the loader offers only {', '.join(offered)}; "
+            f"missing: {', '.join(missing)}" + (f" ({remedy})" if remedy else "")
+        )
+    unused = [name for name in offered if name not in needed]
+    if unused:
+        raise ValueError(
+            f"the loader makes the views {', '.join(unused)} in vain: the objective needs only {', '.join(needed)}"
+            + ("; leave out --num_local, or take an objective of local views (multicrop)" if remedy else "")
+        )
+    for name in needed:
+        if not is_text(name):
+            encoder.check_size(name, offered[name])
 
 
 class VICReg(nn.Module):

@@ -42,7 +42,10 @@ def _encoder_scales(encoder: VisionEncoder, layer_decay: float, patch_lr_scale: 
         scales = {name: layer_decay**layers for name, layers in encoder.layers_after().items()}
     if patch_lr_scale != 1.0:
         if encoder.patch_embedding is None:
-            raise ValueError(f"optim.patch_lr_scale {patch_lr_scale} has no effect: encoder '{encoder.name}' has no patch embedding")
+            raise ValueError(
+                f"optim.patch_lr_scale {patch_lr_scale} has no effect: encoder '{encoder.name}' is not known to have a patch "
+                "embedding; give 1"
+            )
         for name, _ in encoder.net.named_parameters():
             if name.startswith(encoder.patch_embedding):
                 scales[name] = scales.get(name, 1.0) * patch_lr_scale

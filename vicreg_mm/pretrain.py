@@ -1,7 +1,6 @@
 """`main(config)`, what every pretraining recipe calls: assemble the parts of a run, train, export the encoder, print the table."""
 
 import dataclasses
-import inspect
 import json
 import sys
 import time
@@ -59,9 +58,12 @@ def pretrain(config: RunConfig, device: torch.device) -> Path:
     from vicreg_mm.launch import deepspeed_settings, launch
     from vicreg_mm.optim import Schedule, parameter_groups
 
-    data = open_data(config)
+    needs, tokenizer = needs_of(config), None
+    if needs.texts:
+        tokenizer = open_tokenizer(config)
+    data = open_data(config, needs, tokenizer)
     torch.manual_seed(config.seed)
-    model = build_model(config)
+    model = build_model(config, tokenizer)
     model.check_views(data.view_sizes)
     num_features = model.encoder.num_features
     if distributed.world_size() > 1:
@@ -112,23 +114,62 @@ def pretrain(config: RunConfig, device: torch.device) -> Path:
     return run
 
 
-def build_model(config: RunConfig) -> Any:
-    """Encoder, expander and objective with fresh weights from torch's current random state."""
-    from vicreg_mm import checkpoint, objectives
-    from vicreg_mm.expander import Expander
-    from vicreg_mm.model import PretrainModel
+def build_objective(config: RunConfig, image_features: int) -> Any:
+    """The objective with its options, and with those that the rest of the configuration decides."""
+    from vicreg_mm import objectives
 
-    options = dict(config.objective.options)
-    if "num_local" in inspect.signature(objectives.OBJECTIVES.builder(config.objective.name)).parameters:
-        options.setdefault("num_local", config.num_local)
+    known = {
+        "num_local": config.num_local,
+        "embedding_dim": config.expander.widths[-1],
+        "image_features": image_features,
+        "text_features": config.text.width,
+    }
+    taken = objectives.options(config.objective.name)
+    options = {**{option: value for option, value in known.items() if option in taken}, **config.objective.options}
     try:
-        objective = objectives.build(config.objective.name, **options)
+        return objectives.build(config.objective.name, **options)
     except TypeError as error:  # a word where a number belongs
         raise ConfigError(f"objective {config.objective.name} with options {options}: {error}") from error
+
+
+def needs_of(config: RunConfig) -> Any:
+    """What the objective needs, found out before anything large is built."""
+    with torch.random.fork_rng(devices=[]):
+        return build_objective(config, image_features=1).needs
+
+
+def open_tokenizer(config: RunConfig) -> Any:
+    """The tokenizer that a configuration names; by default the one beside its shards."""
+    from vicreg_mm.input.builtin import shard_folder
+    from vicreg_mm.input.tokenizers import build_tokenizer
+
+    return build_tokenizer(config.text.tokenizer or str(shard_folder(config.input.shards)))
+
+
+def build_model(config: RunConfig, tokenizer: Any = None) -> Any:
+    """Encoders, expanders and objective with fresh weights from torch's current random state. tokenizer: for objectives that take texts."""
+    from vicreg_mm import checkpoint
+    from vicreg_mm.encoders import build_text
+    from vicreg_mm.expander import Expander
+    from vicreg_mm.model import PretrainModel, TextTower
+
+    def expander(num_features: int, wanted: bool) -> Expander | None:
+        e = config.expander
+        return Expander(num_features, e.widths, final=e.final, norm=e.norm) if wanted else None
+
     encoder = checkpoint.build_encoder(config)
-    expander = Expander(encoder.num_features, config.expander.widths, final=config.expander.final, norm=config.expander.norm)
+    objective = build_objective(config, encoder.num_features)
+    needs, text = objective.needs, None
+    image_expander = expander(encoder.num_features, wanted=any(view not in needs.texts for view in needs.views))
+    if needs.texts:
+        t = config.text
+        text_encoder = build_text(
+            t.encoder, vocab_size=tokenizer.vocab_size, context=t.context, pad_id=tokenizer.pad_id, end_id=tokenizer.end_id,
+            width=t.width, depth=t.depth, heads=t.heads,
+        )  # fmt: skip
+        text = TextTower(text_encoder, expander(t.width, wanted=any(view in needs.texts for view in needs.views)))
     joint = {"auto": None, "per_view": False, "per_resolution": True}[config.encoder.forward]
-    return PretrainModel(encoder, expander, objective, joint, config.expander.forward == "per_resolution")
+    return PretrainModel(encoder, image_expander, objective, joint, config.expander.forward == "per_resolution", text)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,16 +183,25 @@ class Data:
     batches: Callable[[int], Any]
 
 
-def open_data(config: RunConfig) -> Data:
-    """Open the shards that a configuration names."""
+def open_data(config: RunConfig, needs: Any = None, tokenizer: Any = None) -> Data:
+    """Open the shards that a configuration names. needs: the objective's; tokenizer: where it needs texts."""
     from vicreg_mm.input.builtin import shard_folder
     from vicreg_mm.input.loader import PretrainLoader
     from vicreg_mm.input.plan import Plan, Position, default_slots
     from vicreg_mm.input.presets import policy_of
     from vicreg_mm.input.shards import ShardIndex
     from vicreg_mm.input.streaming import ResampledLoader
+    from vicreg_mm.input.text_views import build_text_policy, load_synonyms
+    from vicreg_mm.input.views import ViewPolicy
 
-    policy = policy_of(config)
+    policy, texts = policy_of(config), None
+    if needs is not None and "global_1" not in needs.all_views:  # an objective of one image view
+        policy = ViewPolicy(tuple(view for view in policy.views if view.name != "global_1"))
+    if tokenizer is not None:
+        t = config.text
+        synonyms = load_synonyms(t.synonyms) if t.synonyms else None
+        texts = build_text_policy(t.views, tokenizer, t.context, num_views=len(needs.texts), synonyms=synonyms)
+    view_sizes = policy.view_sizes | ({} if texts is None else {name: texts.context for name in texts.view_names})
     rank, world = distributed.rank(), distributed.world_size()
     if config.input.mode == "resampled":
         steps = config.input.steps_per_epoch
@@ -160,13 +210,14 @@ def open_data(config: RunConfig) -> Data:
             policy,
             config.batch,
             steps,
+            texts=texts,
             seed=config.seed,
             rank=rank,
             world_size=world,
             workers=config.input.workers,
         )
         samples = steps * config.batch
-        return Data(policy.view_sizes, samples, steps, {"resampled": config.input.shards},
+        return Data(view_sizes, samples, steps, {"resampled": config.input.shards},
                     lambda step: stream.batches(Position(*divmod(step, steps)), epochs=10**9))  # fmt: skip
     index = ShardIndex.open(shard_folder(config.input.shards), cache_dir=config.input.cache or None)
     if config.input.cache and not index.remote:
@@ -174,11 +225,11 @@ def open_data(config: RunConfig) -> Data:
     slots = default_slots(config.batch, config.input.slots)
     plan = Plan(tuple(index.counts), config.batch, config.seed, slots)
     loader = PretrainLoader(
-        index, policy, plan, rank=rank, world_size=world, workers=config.input.workers,
+        index, policy, plan, texts=texts, rank=rank, world_size=world, workers=config.input.workers,
         cache_dir=config.input.cache or None, cache_bytes=int(config.input.cache_gib * 2**30),
     )  # fmt: skip
     fingerprint = {"num_samples": plan.num_samples, "num_shards": len(index.counts), "edition": index.edition, "slots": slots}
-    return Data(policy.view_sizes, plan.num_samples, plan.steps_per_epoch, fingerprint,
+    return Data(view_sizes, plan.num_samples, plan.steps_per_epoch, fingerprint,
                 lambda step: loader.batches(Position(*divmod(step, plan.steps_per_epoch)), epochs=10**9))  # fmt: skip
 
 

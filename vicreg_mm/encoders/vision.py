@@ -28,8 +28,9 @@ class VisionEncoder(nn.Module):
 
     net: the library's module, classifier removed. mean, std: what the library normalises inputs in [0, 1] with.
     input_size: the side in pixels that the network is meant for; fixed_size: it takes no other. patch_size: sides must be its multiples
-    (None: any side will do). patch_embedding: how the names of the first convolution's parameters begin in a network that starts with one
-    of stride = kernel. matcher: timm's description of a network's layers, for a net that has no `group_matcher`.
+    (None: any side will do). patch_embedding: how the names of the parameters begin that cut the image into patches (with the norm behind
+    them, in ConvNeXt's stem); None: the network is not known to have such. matcher: timm's description of its layers, for a net without
+    `group_matcher`.
     """
 
     def __init__(
@@ -187,10 +188,15 @@ def _names(library: str) -> list[str]:
     return []
 
 
+_NEUTRAL = {"drop_path": "0", "layer_scale": "0", "stem": "imagenet"}  # what an option is without effect, None elsewhere
+
+
 def _refuse(name: str, given: dict[str, Any], *options: str) -> None:
-    for option in options:
-        if given[option] is not None:
-            raise ValueError(f"{option}={given[option]!r} has no effect on encoder '{name}'; leave it out")
+    found = [option for option in options if given[option] is not None]
+    if found:
+        settings = " and ".join(f"{option}={given[option]!r}" for option in found)
+        remedy = " ".join(f"--encoder.{option} {_NEUTRAL.get(option, 'None')}" for option in found)
+        raise ValueError(f"{settings} {'has' if len(found) == 1 else 'have'} no effect on encoder '{name}'; leave out or give {remedy}")
 
 
 def _build_torchvision(name: str, architecture: str, given: dict[str, Any]) -> VisionEncoder:
@@ -218,10 +224,8 @@ def _build_timm(name: str, architecture: str, given: dict[str, Any]) -> VisionEn
     if is_vit:
         options |= {"dynamic_img_size": True, "global_pool": given["pooling"], "patch_size": given["patch_size"]}
     else:
-        _refuse(name, given, "pooling", "patch_size")
+        _refuse(name, given, "pooling", "patch_size", *() if is_convnext else ("layer_scale",))
     if given["layer_scale"] is not None:
-        if not (is_vit or is_convnext):
-            _refuse(name, given, "layer_scale")
         options["init_values" if is_vit else "ls_init_value"] = given["layer_scale"]
     if is_vit or library_config.fixed_input_size:
         options["img_size"] = given["image_size"]
@@ -245,7 +249,7 @@ def _build_timm(name: str, architecture: str, given: dict[str, Any]) -> VisionEn
     return VisionEncoder(
         net, name, num_features, input_size, patch_size, mean=library_config.mean, std=library_config.std,
         fixed_size=library_config.fixed_input_size and not is_vit,
-        patch_embedding="patch_embed." if is_vit else "stem." if is_convnext else None,
+        patch_embedding="patch_embed." if hasattr(net, "patch_embed") else "stem." if is_convnext else None,
     )  # fmt: skip
 
 

@@ -7,87 +7,26 @@ position. A bad record (unreadable, or an image that does not decode) is left ou
 import math
 import signal
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from vicreg_mm.input.batch import Batch, Tray
 from vicreg_mm.input.plan import Plan, Position
 from vicreg_mm.input.shard_cache import CACHE_BYTES
 from vicreg_mm.input.shards import Reader, RecordError, Sample, ShardError, ShardIndex
+from vicreg_mm.input.text_views import BadCaption, TextViewPolicy
 from vicreg_mm.input.views import BadImage, EvalTransform, ViewPolicy, decode
-
-
-@dataclass
-class Batch:
-    """One rank's part of a global batch: the n good records among the `attempted` ones.
-
-    views: uint8 [n, 3, H, W] by name. rows: int64 [n], numbers of the samples in the set, -1 where samples have none (resampled shards).
-    labels: int64 [n], -1 where a record has none; None in a set without labels. bad: one message for each record left out.
-    """
-
-    views: dict[str, Tensor]
-    rows: Tensor
-    labels: Tensor | None
-    attempted: int
-    bad: tuple[str, ...] = ()
-
-    @property
-    def num_samples(self) -> int:
-        return len(self.rows)
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
-        """The same batch on another device."""
-        return self._with(lambda tensor: tensor.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> "Batch":
-        """The same batch in page-locked memory; torch's loader calls it by this name."""
-        return self._with(Tensor.pin_memory)
-
-    def _with(self, change: Callable[[Tensor], Tensor]) -> "Batch":
-        views = {name: change(view) for name, view in self.views.items()}
-        return replace(self, views=views, rows=change(self.rows), labels=None if self.labels is None else change(self.labels))
-
-
-class Tray:
-    """Where the records of one batch are laid, one after another. shapes: of each view, [3, H, W]."""
-
-    def __init__(self, capacity: int, shapes: Mapping[str, tuple[int, ...]]):
-        self._views = {name: np.empty((capacity, *shape), np.uint8) for name, shape in shapes.items()}
-        self._rows: list[int] = []
-        self._labels: list[int] = []
-        self._bad: list[str] = []
-
-    def put(self, views: dict[str, np.ndarray], row: int, label: int | None) -> None:
-        for name, view in views.items():
-            self._views[name][len(self._rows)] = view
-        self._rows.append(row)
-        self._labels.append(-1 if label is None else label)
-
-    def leave_out(self, message: str) -> None:
-        self._bad.append(message)
-
-    def batch(self, labelled: bool) -> Batch:
-        """What lies on the tray; labelled: whether the set has labels."""
-        good = len(self._rows)
-        return Batch(
-            views={name: torch.from_numpy(array[:good]) for name, array in self._views.items()},
-            rows=torch.tensor(self._rows, dtype=torch.int64),
-            labels=torch.tensor(self._labels, dtype=torch.int64) if labelled else None,
-            attempted=good + len(self._bad),
-            bad=tuple(self._bad),
-        )
 
 
 def assemble(
     reader: Reader, rows: Iterable[int], tray: Tray, views_of: Callable[[Sample], dict[str, np.ndarray]], need_label: bool = False
 ) -> Batch:
-    """The batch of these rows. views_of: makes the views of a sample, may raise BadImage."""
+    """The batch of these rows. views_of: makes the views of a sample, may raise BadImage and BadCaption."""
     index = reader.index
     for row in rows:
         try:
@@ -99,8 +38,10 @@ def assemble(
             tray.leave_out(str(error))
         except BadImage as error:
             tray.leave_out(f"{_place(index, row)}: bad image ({error})")
+        except BadCaption as error:
+            tray.leave_out(f"{_place(index, row)}: bad caption ({error})")
         else:
-            tray.put(views, sample.row, sample.label)
+            tray.put(views, sample.row, sample.label, sample.image)
     return tray.batch(labelled=index.has_labels)
 
 
@@ -150,6 +91,18 @@ def require_images(index: ShardIndex) -> None:
         raise ValueError(f"{index.root} has no images: its fields are {', '.join(index.fields)}")
 
 
+def require_captions(index: ShardIndex) -> None:
+    """Raise ValueError for a set without captions."""
+    if not index.has_captions:
+        raise ValueError(f"{index.root} has no captions (KEY.txt, or KEY.json with captions): its fields are {', '.join(index.fields)}")
+
+
+def shapes_of(policy: ViewPolicy, texts: TextViewPolicy | None) -> tuple[dict[str, tuple[int, ...]], dict[str, int]]:
+    """What a `Tray` must be told of the views."""
+    contexts = {} if texts is None else {name: texts.context for name in texts.view_names}
+    return {name: (3, size, size) for name, size in policy.view_sizes.items()}, contexts
+
+
 def share_of(batch: int, world_size: int) -> int:
     """A rank's records of a global batch; raises ValueError unless they are as many on every rank."""
     if batch % world_size:
@@ -160,18 +113,19 @@ def share_of(batch: int, world_size: int) -> int:
 class _PlannedBatches(Dataset):
     """Position -> this rank's part of that global batch."""
 
-    def __init__(self, reader: Reader, policy: ViewPolicy, plan: Plan, first: int, last: int):
-        self.reader, self.policy, self.plan, self.first, self.last = reader, policy, plan, first, last
-        self.shapes = {name: (3, size, size) for name, size in policy.view_sizes.items()}
+    def __init__(self, reader: Reader, policy: ViewPolicy, texts: TextViewPolicy | None, plan: Plan, first: int, last: int):
+        self.reader, self.policy, self.texts, self.plan, self.first, self.last = reader, policy, texts, plan, first, last
+        self.shapes, self.contexts = shapes_of(policy, texts)
 
     def __getitem__(self, position: Position) -> Batch | ShardError:
         def views_of(sample: Sample) -> dict[str, np.ndarray]:
             key = (self.plan.seed, position.epoch, sample.shard, sample.row_in_shard)
-            return self.policy(decode(sample.image or b""), key)
+            texts = {} if self.texts is None else self.texts(sample.captions, key)
+            return self.policy(decode(sample.image or b""), key) | texts
 
         rows = self.plan.rows(position.epoch, position.step, self.first, self.last)
         try:
-            return assemble(self.reader, rows.tolist(), Tray(len(rows), self.shapes), views_of)
+            return assemble(self.reader, rows.tolist(), Tray(len(rows), self.shapes, self.contexts), views_of)
         except ShardError as error:
             return error
 
@@ -188,11 +142,12 @@ def _warn_of_small_cache(index: ShardIndex, plan: Plan, first: int, last: int, c
 
 
 class PretrainLoader:
-    """This rank's part of every planned global batch, as views made by `policy`.
+    """This rank's part of every planned global batch, as views made by `policy`, and `texts` of the captions.
 
     rank, world_size: the layout; it decides who gets which rows of a global batch, never which rows are in it.
     prefetch: batches ahead per worker. cache_dir, cache_bytes: of remote shards.
-    Raises ValueError if the ranks do not divide the batch, if the plan is of another set, or if the set has no images.
+    Raises ValueError if the ranks do not divide the batch, if the plan is of another set, or if the set has no images (with
+    `texts`: no captions).
     """
 
     def __init__(
@@ -201,6 +156,7 @@ class PretrainLoader:
         policy: ViewPolicy,
         plan: Plan,
         *,
+        texts: TextViewPolicy | None = None,
         rank: int = 0,
         world_size: int = 1,
         workers: int = 0,
@@ -209,6 +165,8 @@ class PretrainLoader:
         cache_bytes: int = CACHE_BYTES,
     ):
         require_images(index)
+        if texts is not None:
+            require_captions(index)
         if plan.counts != index.counts:
             raise ValueError(f"the plan is of {plan.num_samples} samples in {len(plan.counts)} shards, not of {index}")
         share = share_of(plan.batch, world_size)
@@ -216,7 +174,7 @@ class PretrainLoader:
         first, last = rank * share, (rank + 1) * share
         if index.remote:
             _warn_of_small_cache(index, plan, first, last, cache_bytes)
-        self._dataset = _PlannedBatches(Reader(index, cache_dir, cache_bytes), policy, plan, first, last)
+        self._dataset = _PlannedBatches(Reader(index, cache_dir, cache_bytes), policy, texts, plan, first, last)
 
     @property
     def steps_per_epoch(self) -> int:

@@ -15,11 +15,13 @@ from webdataset.filters import shuffle
 from webdataset.shardlists import expand_urls
 from webdataset.tariterators import tarfile_to_samples
 
-from vicreg_mm.input.loader import Batch, Tray, share_of, stream
+from vicreg_mm.input.batch import Batch, Tray
+from vicreg_mm.input.loader import shapes_of, share_of, stream
 from vicreg_mm.input.plan import Position
 from vicreg_mm.input.records import RecordError, parse_record
 from vicreg_mm.input.shard_cache import is_remote
 from vicreg_mm.input.shards import ShardError
+from vicreg_mm.input.text_views import BadCaption, TextViewPolicy
 from vicreg_mm.input.views import BadImage, ViewPolicy, decode
 
 
@@ -118,6 +120,7 @@ class ResampledLoader:
         batch: int,
         steps_per_epoch: int,
         *,
+        texts: TextViewPolicy | None = None,
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
@@ -128,10 +131,11 @@ class ResampledLoader:
         if steps_per_epoch < 1:
             raise ValueError(f"steps_per_epoch {steps_per_epoch}: resampled shards have no end, so say how many steps are an epoch")
         self.urls = expand_source(source)
+        self.texts = texts
         self.policy, self.seed, self.rank, self.workers, self.prefetch, self.buffer = policy, seed, rank, workers, prefetch, buffer
         self.share = share_of(batch, world_size)
         self.steps_per_epoch = steps_per_epoch
-        self._shapes = {name: (3, size, size) for name, size in policy.view_sizes.items()}
+        self._shapes = shapes_of(policy, texts)
 
     def batches(self, start: Position, epochs: int) -> Iterator[tuple[Position, Batch]]:
         """Position and batch of every step from `start` to the end of epoch `epochs` - 1 (the run's total, not a number to add)."""
@@ -153,23 +157,26 @@ class ResampledLoader:
 
     def batch(self, records: Iterator[dict[str, Any]], position: Position, faults: _Faults) -> Batch:
         """The next `share` records as a batch, less the bad ones; a shard that could not be read on counts as one more bad record."""
-        tray = Tray(self.share, self._shapes)
+        tray = Tray(self.share, *self._shapes)
         for number in range(self.share):
             record = next(records)
             where = f"shard '{record['__url__']}' key '{record['__key__']}'"
             try:
                 members = {field: data for field, data in record.items() if isinstance(data, bytes)}
-                image, label, _ = parse_record(members, where)
+                image, label, captions = parse_record(members, where)
                 if image is None:
                     raise RecordError(f"{where}: missing image")
                 key = (self.seed, position.epoch, position.step, self.rank * self.share + number)
-                views = self.policy(decode(image), key)
+                texts = {} if self.texts is None else self.texts(captions, key)
+                views = self.policy(decode(image), key) | texts
             except RecordError as error:
                 tray.leave_out(str(error))
             except BadImage as error:
                 tray.leave_out(f"{where}: bad image ({error})")
+            except BadCaption as error:
+                tray.leave_out(f"{where}: bad caption ({error})")
             else:
-                tray.put(views, -1, label)
+                tray.put(views, -1, label, image)
         for message in faults.take():
             tray.leave_out(message)
         return tray.batch(labelled=True)

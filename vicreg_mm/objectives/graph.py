@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from vicreg_mm.objectives.terms import Terms, global_terms, invariances
 
+TEXT_PREFIX = "text_"  # what the names of text views begin with
 COLLAPSED_BELOW = 0.1  # of gamma: a dimension with a smaller standard deviation counts as collapsed (the metric's definition)
 
 
@@ -115,6 +116,11 @@ class Needs:
         """Every view that must be encoded."""
         return tuple(dict.fromkeys((*self.views, *self.features)))
 
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """Those of them that are texts."""
+        return tuple(view for view in self.all_views if view.startswith(TEXT_PREFIX))
+
 
 class ObjectiveOutput(NamedTuple):
     """loss: the scalar to minimise. terms: the graph-weighted sums that it is made of. logs: detached scalars per view and per edge."""
@@ -155,6 +161,9 @@ class GraphObjective(nn.Module):
         self.gamma, self.eps, self.correction = gamma, eps, correction
         self.needs = Needs(views=graph.nodes)
         self._parts = graph.components()
+        nodes, weights = [view for part in self._parts for view in part.nodes], graph.weights_of("variance")
+        # the summary of the logs is about these: what nothing keeps from collapsing says nothing about mu
+        self._regularised = [v for v, view in enumerate(nodes) if weights[view] > 0] or list(range(len(nodes)))
         # kept out of the state dict and out of .to(bfloat16): one copy per device, made once
         self._graph_weights: dict[torch.device, list[Tensor]] = {}
 
@@ -225,11 +234,12 @@ class GraphObjective(nn.Module):
         }
         logs = {f"{name}/{view}": value[v] for name, value in per_view.items() for v, view in enumerate(nodes)}
         logs |= {f"invariance/{edge.a}-{edge.b}": values["invariance"][e] for e, edge in enumerate(edges)}
-        logs["std_mean"] = per_view["std_mean"].mean()
-        logs["std_min"] = per_view["std_min"].min()
-        logs["std_max"] = per_view["std_max"].max()
-        logs["collapsed_dims"] = per_view["collapsed_dims"].mean()
-        logs["covariance_floor"] = per_view["covariance_floor"].mean()
+        kept = self._regularised
+        logs["std_mean"] = per_view["std_mean"][kept].mean()
+        logs["std_min"] = per_view["std_min"][kept].min()
+        logs["std_max"] = per_view["std_max"][kept].max()
+        logs["collapsed_dims"] = per_view["collapsed_dims"][kept].mean()
+        logs["covariance_floor"] = (per_view["covariance_floor"] * self._weights_on(std.device)[2]).sum().to(std.dtype)
         return logs
 
     def _weights_on(self, device: torch.device) -> list[Tensor]:

@@ -16,6 +16,7 @@ Source: the reference document, "VICReg with Local and Global Views", with crops
 SwAV (arXiv:2006.09882).
 """
 
+import math
 from collections.abc import Callable
 
 from vicreg_mm.objectives import OBJECTIVES
@@ -35,6 +36,8 @@ def multicrop_graph(num_local: int = 8, local_weight: float = 0.5, node_weights:
     """The view graph of `multicrop`; raises ValueError as `multicrop` does."""
     if not isinstance(num_local, int) or isinstance(num_local, bool) or num_local < 0:
         raise ValueError(f"num_local = {num_local!r}; the number of local views is an integer from 0 on")
+    if not 0 < local_weight < math.inf:
+        raise ValueError(f"local_weight = {local_weight}; it must be positive (num_local 0 leaves the local views out)")
     if node_weights not in NODE_WEIGHTS:
         raise unknown_name("node_weights", str(node_weights), list(NODE_WEIGHTS))
     locals_ = tuple(f"local_{j}" for j in range(num_local))
@@ -60,7 +63,7 @@ def multicrop(
 
     num_local: n. local_weight: w, of a (global, local) pair beside 1 of the two globals; their sum is divided by 1 + n.
     node_weights: "edges", "uniform" or "globals", what each view's variance and covariance weigh (the table above). The rest: `vicreg`.
-    Raises ValueError for a num_local that is no count, an unknown node_weights or convention, negative weights.
+    Raises ValueError for a num_local that is no count, a local_weight that is not positive, an unknown node_weights or convention.
     """
     weighting = FixedWeights(lambda_, mu, nu, convention)
     graph = multicrop_graph(num_local, local_weight, node_weights)

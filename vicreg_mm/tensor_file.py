@@ -1,0 +1,49 @@
+"""Write a safetensors file tensor by tensor. The library's own `save_file` wants all tensors at once and copies them once more.
+
+Format (github.com/huggingface/safetensors): 8 bytes, little-endian length of the header; the header, JSON: name -> dtype, shape,
+[begin, end) in the data, padded with spaces to a multiple of 8; the data, row-major and little-endian, without gaps.
+"""
+
+import json
+import math
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32",
+    torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+
+
+def write_tensors(path: Path, entries: Sequence[tuple[str, torch.dtype, tuple[int, ...]]], tensors: Iterable[Tensor]) -> None:
+    """Write `tensors`, which must be those of `entries` (name, dtype, shape) in their order; any device, one on the host at a time.
+
+    On the disk when this returns; at most the tensors of the entries are taken. Raises ValueError for a tensor that is not what its entry
+    says, OSError as the file system does.
+    """
+    assert sys.byteorder == "little"
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, dtype, shape in entries:
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        rest = iter(tensors)
+        for name, dtype, shape in entries:
+            tensor = next(rest)  # zip would hold the one before while the next is made
+            if (tensor.dtype, tuple(tensor.shape)) != (dtype, tuple(shape)):
+                raise ValueError(f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}, announced as {dtype} of shape {tuple(shape)}")
+            if tensor.numel():
+                file.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+            del tensor
+        file.flush()
+        os.fsync(file.fileno())
