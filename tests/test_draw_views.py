@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import re
 import sys
 
 import cv2
@@ -11,7 +12,7 @@ from PIL import Image
 
 from tests.shard_makers import jpeg, write_set
 from vicreg_mm import cli, draw_views
-from vicreg_mm.config import BUILTIN_DIGITS, InputConfig, RunConfig
+from vicreg_mm.config import BUILTIN_DIGITS, InputConfig, ObjectiveConfig, RunConfig
 from vicreg_mm.input.geometry import Affine, Geometry, warp
 from vicreg_mm.input.shards import write_index
 from vicreg_mm.input.view_sheet import COLOURS, Picture, outline, sheet
@@ -22,12 +23,16 @@ SMALL = InputConfig(views="digits", image_size=32, local_size=16, workers=0)
 
 
 def config_of(shards, **settings):
-    return RunConfig("small", dataclasses.replace(SMALL, shards=str(shards)), num_local=2, batch=6, **settings)
+    objective = ObjectiveConfig(name="multicrop")
+    return RunConfig("small", dataclasses.replace(SMALL, shards=str(shards)), objective=objective, num_local=2, batch=6, **settings)
 
 
-def recipe(folder, text="CONFIG = RunConfig('small', InputConfig(image_size=32, local_size=16), num_local=2, batch=6)"):
+SETTINGS = "InputConfig(image_size=32, local_size=16), objective=ObjectiveConfig('multicrop'), num_local=2, batch=6"
+
+
+def recipe(folder, text=f"CONFIG = RunConfig('small', {SETTINGS})"):
     path = folder / "recipe.py"
-    path.write_text(f"from vicreg_mm.config import InputConfig, RunConfig\n{text}\nassert __name__ != '__main__'\n")
+    path.write_text(f"from vicreg_mm.config import InputConfig, ObjectiveConfig, RunConfig\n{text}\nassert __name__ != '__main__'\n")
     return str(path)
 
 
@@ -174,6 +179,10 @@ def test_the_command_writes_the_picture_and_nothing_else(tmp_path, command, digi
     (["--out", "v.png", "--samples", "0"], "--samples 0; a picture holds 1 to 24"),
     (["--out", "v.png", "--samples", "four"], "argument --samples: invalid int value: 'four'"),
     (["--out", "v.png", "--epoch", "-1"], "--epoch -1; epochs count from 0"),
+    (["--out", "v.png", "--samples", "4", "--input.local_size", "64"], "input.local_size 64 is larger than input.image_size 32"),
+    (["--out", "v.png", "--objective.name", "vicreg"], "the loader makes the views local_0, local_1 in vain: the objective needs only"),
+    (["--out", "v.png", "--encoder.name", "timm/test_vit", "--input.local_size", "20"], "view local_0 has 20 pixels, no multiple"),
+    (["--out", "."], "--out . is a folder; name a file in it"),
     (["--out", "v.png", "--num_locals", "4"], "unknown option --num_locals; closest: --num_local"),
     (["--out", "v.png", "--input.shards", "nowhere"], "nowhere has no index.json; write it with `vicreg-mm shards index nowhere`"),
     ([], "the following arguments are required: --out"),
@@ -196,6 +205,45 @@ def test_a_file_that_is_no_recipe_is_refused(tmp_path):
             draw_views.load_recipe(path)
     with pytest.raises(ValueError, match="no such recipe: nowhere"):
         draw_views.load_recipe("nowhere")
+    with pytest.raises(ValueError, match="is a folder, no recipe"):
+        draw_views.load_recipe(str(tmp_path))
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("x = (", "recipe.py, line 2: SyntaxError: "),
+    ("import nosuchmodule", "recipe.py, line 2: ModuleNotFoundError: No module named 'nosuchmodule'"),
+    ("CONFIG = RunConfig('small', InputConfig(image_sise=32))", "recipe.py, line 2: TypeError: .*image_sise"),
+    ("raise SystemExit(0)", "recipe.py, line 2: SystemExit: 0"),
+])  # fmt: skip
+def test_a_recipe_that_does_not_load_is_named_with_line_and_error(tmp_path, command, capsys, text, message):
+    with pytest.raises(SystemExit) as stop:
+        command(recipe(tmp_path, text), "--out", tmp_path / "v.png")
+    assert stop.value.code == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert re.search(message, line)
+
+
+def test_a_recipe_loads_as_a_script_does(tmp_path):
+    """With a dataclass of its own under postponed annotations, and a file beside it."""
+    (tmp_path / "beside_the_recipe.py").write_text("N = 6\n")
+    path = tmp_path / "own.py"
+    path.write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\nfrom beside_the_recipe import N\n"
+        "from vicreg_mm.config import RunConfig\n@dataclass\nclass Own:\n    batch: int = N\nCONFIG = RunConfig('own', batch=Own().batch)\n"
+    )
+    assert draw_views.load_recipe(str(path)).batch == 6
+
+
+def test_a_picture_too_large_for_its_format_says_what_would_do(tmp_path):
+    with pytest.raises(ValueError, match=r"v.webp: .*\(the picture has 10 x 20000 pixels; a .png, or fewer --samples, may do\)"):
+        draw_views.save(Image.new("RGB", (10, 20000)), tmp_path / "v.webp")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_recipe_comes_first(command, capsys):
+    with pytest.raises(SystemExit):
+        command("--out", "v.png", "--num_local", "2", "recipe.py")
+    assert "the recipe comes first: vicreg-mm views RECIPE --out FILE" in capsys.readouterr().err
 
 
 def test_a_picture_that_cannot_be_written_leaves_the_old_one(tmp_path):

@@ -138,3 +138,21 @@ def test_the_views_it_needs_are_named():
 def test_what_cannot_be_is_said_in_one_line(options, message):
     with pytest.raises(ValueError, match=message):
         objectives.build("multicrop", **options)
+
+
+def test_the_summary_of_the_logs_is_about_the_views_that_are_regularised():
+    """Local views may collapse where nothing keeps them from it; that is no advice to increase mu."""
+    z = {name: view.detach() * (0 if "local" in name else 1) for name, view in crops(3).items()}
+    logs = objectives.build("multicrop", num_local=3, node_weights="globals")(z).logs
+    assert logs["collapsed_dims/local_1"] == 1 and logs["collapsed_dims"] == 0
+    torch.testing.assert_close(logs["std_mean"], (logs["std_mean/global_0"] + logs["std_mean/global_1"]) / 2)
+    assert objectives.build("multicrop", num_local=3)(z).logs["collapsed_dims"] == pytest.approx(0.6)
+
+
+@pytest.mark.parametrize("node_weights", ["edges", "uniform", "globals"])
+def test_the_covariance_floor_is_weighed_as_the_covariance_is(node_weights):
+    z = crops(3, n=6, d=40)
+    out = objectives.build("multicrop", num_local=3, node_weights=node_weights)(z)
+    weights = multicrop_graph(3, node_weights=node_weights).weights_of("covariance")
+    torch.testing.assert_close(out.logs["covariance_floor"], sum(w * out.logs[f"covariance_floor/{view}"] for view, w in weights.items()))
+    assert out.logs["covariance_floor"] <= out.terms["covariance"]

@@ -5,12 +5,16 @@ import dataclasses
 import importlib.util
 import itertools
 import os
+import sys
+import traceback
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
+import torch
 from PIL import Image
 
+from vicreg_mm.checkpoint import build_encoder
 from vicreg_mm.command_line import parse
 from vicreg_mm.config import RunConfig
 from vicreg_mm.input.builtin import shard_folder
@@ -20,23 +24,36 @@ from vicreg_mm.input.presets import policy_of
 from vicreg_mm.input.shards import Reader, RecordError, ShardIndex
 from vicreg_mm.input.view_sheet import Picture, sheet
 from vicreg_mm.input.views import BadImage, decode
+from vicreg_mm.model import check_views
+from vicreg_mm.pretrain import needs_of
 
 PHOTOS = "scikit-learn's photos"  # stands in input.shards where a recipe names no data
 FORMATS = (".png", ".jpg", ".webp")
-MAX_SAMPLES = 24  # (assumed) what fits into a webp, which is at most 16,383 px high
+MAX_SAMPLES = 24  # (assumed) more than anybody looks at in one picture
 
 
 def load_recipe(path: str) -> RunConfig:
-    """The CONFIG of a recipe's file."""
+    """The CONFIG of a recipe's file, loaded as Python loads a script, but not as `__main__`."""
     if not Path(path).is_file():
-        raise ValueError(f"no such recipe: {path}")
-    spec = importlib.util.spec_from_file_location("recipe", path)
+        raise ValueError(f"{path} is a folder, no recipe" if Path(path).is_dir() else f"no such recipe: {path}")
+    spec = importlib.util.spec_from_file_location(f"recipe {path}", path)
+    config = None
     if spec is not None and spec.loader is not None:
         module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        if isinstance(config := getattr(module, "CONFIG", None), RunConfig):
-            return config
-    raise ValueError(f"{path} is no recipe: a recipe is a Python file that defines CONFIG = RunConfig(...)")
+        sys.modules[spec.name] = module  # where dataclasses look for the module of a class
+        sys.path.insert(0, str(Path(path).resolve().parent))
+        try:
+            spec.loader.exec_module(module)
+        except (Exception, SystemExit) as error:
+            lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(spec.origin)]
+            line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else 0
+            raise ValueError(f"{path}, line {line}: {type(error).__name__}: {error}".splitlines()[0]) from error
+        finally:
+            sys.path.remove(str(Path(path).resolve().parent))
+        config = getattr(module, "CONFIG", None)
+    if not isinstance(config, RunConfig):
+        raise ValueError(f"{path} is no recipe: a recipe is a Python file that defines CONFIG = RunConfig(...)")
+    return config
 
 
 def records(config: RunConfig, epoch: int) -> Iterator[Picture]:
@@ -90,6 +107,9 @@ def save(image: Image.Image, path: Path) -> None:
     try:
         image.save(part, quality=92)  # of JPEG and WebP, whose usual 75 and 80 smear the thin lines
         os.replace(part, path)
+    except (OSError, ValueError) as error:  # a webp has at most 16,383 pixels a side
+        size = f"{image.width} x {image.height} pixels"
+        raise ValueError(f"--out {path}: {error} (the picture has {size}; a .png, or fewer --samples, may do)") from error
     finally:
         part.unlink(missing_ok=True)
 
@@ -108,6 +128,10 @@ def _options(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--samples", type=int, default=4, help="how many samples (default 4)")
     parser.add_argument("--epoch", type=int, default=0, help="of which epoch, from 0 (default 0)")
     options, rest = parser.parse_known_args(arguments)
+    if arguments and arguments[0].startswith("-"):
+        raise ValueError(f"the recipe comes first: {usage}")
+    if options.out.is_dir():
+        raise ValueError(f"--out {options.out} is a folder; name a file in it")
     if options.out.suffix.lower() not in FORMATS:
         raise ValueError(f"--out {options.out}: the picture's name must end in {', '.join(FORMATS)}")
     if not options.out.parent.is_dir():
@@ -125,7 +149,11 @@ def main(arguments: list[str]) -> None:
     recipe = load_recipe(options.recipe)
     # a recipe without data would else become its smoke profile, whose views are not the recipe's
     config = parse(dataclasses.replace(recipe, input=dataclasses.replace(recipe.input, shards=recipe.input.shards or PHOTOS)), rest)
-    policy = policy_of(config)
+    needs = needs_of(config)
+    policy = policy_of(config, needs.all_views)
+    with torch.device("meta"):  # its shape alone is asked for
+        encoder = build_encoder(config)
+    check_views([view for view in needs.all_views if view not in needs.texts], policy.view_sizes, encoder)
     samples = photos if config.input.shards == PHOTOS else records
     pictures = list(itertools.islice(samples(config, options.epoch), options.samples))
     if not pictures:

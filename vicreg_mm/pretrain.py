@@ -192,11 +192,8 @@ def open_data(config: RunConfig, needs: Any = None, tokenizer: Any = None) -> Da
     from vicreg_mm.input.shards import ShardIndex
     from vicreg_mm.input.streaming import ResampledLoader
     from vicreg_mm.input.text_views import build_text_policy, load_synonyms
-    from vicreg_mm.input.views import ViewPolicy
 
-    policy, texts = policy_of(config), None
-    if needs is not None and "global_1" not in needs.all_views:  # an objective of one image view
-        policy = ViewPolicy(tuple(view for view in policy.views if view.name != "global_1"))
+    policy, texts = policy_of(config) if needs is None else policy_of(config, needs.all_views), None
     if tokenizer is not None:
         t = config.text
         synonyms = load_synonyms(t.synonyms) if t.synonyms else None

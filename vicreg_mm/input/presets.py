@@ -1,7 +1,7 @@
 """Augmentation policies by name: what the literature does to each view, as data."""
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import fields
 from typing import Any, NamedTuple
 
@@ -71,10 +71,11 @@ def build_policy(
     return ViewPolicy(tuple(specs))
 
 
-def policy_of(config: RunConfig) -> ViewPolicy:
-    """The views that a run's configuration asks for."""
+def policy_of(config: RunConfig, needed: Collection[str] = ("global_1",)) -> ViewPolicy:
+    """The views that a run's configuration asks for; without global_1 where it is not among those that the objective needs."""
     i = config.input
-    return build_policy(
+    policy = build_policy(
         i.views, i.image_size, num_local=config.num_local, local_size=i.local_size,
         local={} if i.local_scale is None else {"scale": i.local_scale}, **({} if i.global_scale is None else {"scale": i.global_scale}),
     )  # fmt: skip
+    return policy if "global_1" in needed else ViewPolicy(tuple(view for view in policy.views if view.name != "global_1"))

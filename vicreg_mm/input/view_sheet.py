@@ -20,7 +20,10 @@ INK, PALE, RULE = "#1a1a1a", "#6a6a6a", "#d8d8d8"
 COLOURS = (
     "#1f66c1", "#d1281f", "#1c8a3c", "#8a3fc0", "#cf6a00", "#0b8a99", "#c92d87", "#7a5230", "#6f7a00", "#3b3f9c", "#a01f4d", "#4d4d4d",
 )  # fmt: skip
-LEGEND = "Under each crop: its size in px, the share of the image's area that its box covers, and what was done to it (blur: sigma in px)."
+LEGEND = (
+    "Under each crop: its size in px, the share of the image that was cropped (after the affine map, where there is one), and what was "
+    "done to its colours (blur: sigma in px)."
+)
 
 
 class Picture(NamedTuple):
