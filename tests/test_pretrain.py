@@ -264,3 +264,26 @@ def test_the_table_compares_the_start_with_the_end(digits, tmp_path):
     assert list(rows) == ["raw pixels", "random encoder", "pretrained encoder"]
     assert rows["pretrained encoder"]["knn"] < 0.2 < 0.4 < rows["random encoder"]["knn"]
     assert (rows["raw pixels"]["num_train"], rows["raw pixels"]["num_test"]) == (300, 297)
+
+
+def loader_processes_when_the_model_is_built(config):
+    """How many there are; the run is stopped there."""
+    import multiprocessing
+
+    from vicreg_mm import distributed, pretrain
+
+    def count(*_):
+        raise ValueError(len(multiprocessing.active_children()))
+
+    pretrain.build_model = count
+    try:
+        pretrain.pretrain(config, distributed.start())
+    except ValueError as error:
+        return int(str(error))
+
+
+def test_the_loader_starts_before_there_is_a_model(digits, tmp_path):
+    """A forked process would keep every weight as it was at the start: a second copy of the model and its optimizer."""
+    config = tiny_config(digits["train"], tmp_path / "run", input__workers=2)
+    assert run_ranks(loader_processes_when_the_model_is_built, 1, config) == [2]
+    assert not (tmp_path / "run").exists()

@@ -1,6 +1,7 @@
 """`main(config)`, what every pretraining recipe calls: assemble the parts of a run, train, export the encoder, print the table."""
 
 import dataclasses
+import itertools
 import json
 import sys
 import time
@@ -62,6 +63,17 @@ def pretrain(config: RunConfig, device: torch.device) -> Path:
     if needs.texts:
         tokenizer = open_tokenizer(config)
     data = open_data(config, needs, tokenizer)
+    run, resumed = checkpoint.open_run(config) if config.resume else (None, None)  # touches nothing
+    state: dict[str, Any] = {"step": 0, "journal": {}}
+    if resumed is not None:
+        state = checkpoint.read_state(resumed)
+        if state["data"] != data.fingerprint:
+            raise checkpoint.CheckpointError(
+                f"{run} was trained on other data: {state['data']} in its checkpoint, {data.fingerprint} in --input.shards"
+            )
+    # The loader's processes are forked by the first batch: before there is a model, whose every weight they would keep as it was then.
+    batches = data.batches(state["step"])
+    batches = itertools.chain([next(batches)], batches)
     torch.manual_seed(config.seed)
     model = build_model(config, tokenizer)
     model.check_views(data.view_sizes)
@@ -85,14 +97,9 @@ def pretrain(config: RunConfig, device: torch.device) -> Path:
     # a wrong setting must not leave a run directory behind
     parameter_groups(model, config.optim)
     deepspeed_settings(config, distributed.world_size(), device)
-    run, resumed = checkpoint.open_run(config)
-    state: dict[str, Any] = {"step": 0, "journal": {}}
+    if run is None:
+        run, _ = checkpoint.open_run(config)
     if resumed is not None:
-        state = checkpoint.read_state(resumed)
-        if state["data"] != data.fingerprint:
-            raise checkpoint.CheckpointError(
-                f"{run} was trained on other data: {state['data']} in its checkpoint, {data.fingerprint} in --input.shards"
-            )
         checkpoint.load_model(model, resumed)
     wrapped = launch(model, config, device)
     if resumed is not None:
@@ -107,7 +114,7 @@ def pretrain(config: RunConfig, device: torch.device) -> Path:
             f"{run} {begin}: {config.encoder.name} ({num_features} features), {config.objective.name}, {data.num_samples:,} images, "
             f"batch {config.batch} on {distributed.world_size()} x {device.type}, {schedule.total:,} steps", flush=True,
         )  # fmt: skip
-    last = engine.train(wrapped, data.batches(training.step), training, device)
+    last = engine.train(wrapped, batches, training, device)
     if distributed.is_main():
         checkpoint.export_encoder(run, last, config)
     distributed.barrier()

@@ -12,6 +12,7 @@ import numpy as np
 from vicreg_mm.config import BUILTIN_DIGITS, ConfigError
 from vicreg_mm.input.shard_cache import cache_folder
 from vicreg_mm.input.shards import write_index
+from vicreg_mm.input.tokenizers import MODEL_FILE, train_sentencepiece
 from vicreg_mm.input.writing import write_tar
 
 SPLITS = ("train", "test")
@@ -20,6 +21,7 @@ NUM_SHARDS = {"train": 8, "test": 2}
 SIDE = 32
 DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 CAPTIONS_EACH = 3
+VOCABULARY = 400  # ids; of which sentencepiece needs 262 for bytes and special ones
 PHRASES = (
     "a scan of a handwritten {}", "a handwritten {}", "the digit {}", "the number {} written by hand", "a photo of the number {}",
     "somebody wrote a {}", "this is a {}", "the numeral {} in white ink", "a small picture of the digit {}", "a blurry scan of a {}",
@@ -46,7 +48,7 @@ def digits(split: str, folder: str | Path | None = None) -> Path:
     """The folder of the indexed shards of one split of the digits, written on first use.
 
     1,500 train and 297 test scans, drawn with a seed, class by class; 8 x 8 scans enlarged to 32 x 32 gray PNGs, labels 0 to 9,
-    and CAPTIONS_EACH captions that name the digit.
+    and CAPTIONS_EACH captions that name the digit; beside the train split a sentencepiece model of its captions.
     Several processes may ask at once: each builds its own and the first to finish puts it in place.
     folder: kept there rather than in the cache, as folder/train and folder/test. Raises ValueError for another split.
     Source: UCI "Optical Recognition of Handwritten Digits", test part, as scikit-learn bundles it.
@@ -86,6 +88,9 @@ def _write(split: str, folder: Path) -> None:
             for row in rows
         )
         write_tar(folder / f"digits-{split}-{n}.tar", samples)
+    all_captions = [caption for row in range(len(scans)) for caption in captions(int(labels[row]), (SPLITS.index(split), row))]
+    if split == "train":  # a vocabulary must not know the held-out captions
+        (folder / MODEL_FILE).write_bytes(train_sentencepiece(all_captions, vocab_size=VOCABULARY))
     write_index(folder)
 
 
