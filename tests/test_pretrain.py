@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import multiprocessing
 from pathlib import Path
 
 import cv2
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.distributed.ranks import run_ranks
 from tests.tiny import metrics, tiny_config
-from vicreg_mm import checkpoint
+from vicreg_mm import checkpoint, pretrain
 from vicreg_mm import config as configs
 from vicreg_mm.input.shards import write_index
 from vicreg_mm.input.writing import write_tar
@@ -266,24 +267,18 @@ def test_the_table_compares_the_start_with_the_end(digits, tmp_path):
     assert (rows["raw pixels"]["num_train"], rows["raw pixels"]["num_test"]) == (300, 297)
 
 
-def loader_processes_when_the_model_is_built(config):
-    """How many there are; the run is stopped there."""
-    import multiprocessing
-
-    from vicreg_mm import distributed, pretrain
-
-    def count(*_):
-        raise ValueError(len(multiprocessing.active_children()))
-
-    pretrain.build_model = count
-    try:
-        pretrain.pretrain(config, distributed.start())
-    except ValueError as error:
-        return int(str(error))
-
-
-def test_the_loader_starts_before_there_is_a_model(digits, tmp_path):
+def test_the_loader_starts_before_there_is_a_model(digits, tmp_path, monkeypatch):
     """A forked process would keep every weight as it was at the start: a second copy of the model and its optimizer."""
     config = tiny_config(digits["train"], tmp_path / "run", input__workers=2)
-    assert run_ranks(loader_processes_when_the_model_is_built, 1, config) == [2]
+    found = []
+
+    def stop(*_):
+        found.append(len(multiprocessing.active_children()))
+        raise ValueError("far enough")
+
+    before = len(multiprocessing.active_children())
+    monkeypatch.setattr(pretrain, "build_model", stop)
+    with pytest.raises(ValueError, match="far enough"):
+        pretrain.pretrain(config, torch.device("cpu"))
+    assert found == [before + 2]
     assert not (tmp_path / "run").exists()
