@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.distributed.ranks import run_ranks
 from tests.tiny import metrics
 from vicreg_mm import config as configs
 from vicreg_mm import objectives
@@ -109,6 +110,25 @@ def test_every_smoke_profile_keeps_the_objective_the_optimizer_and_the_views(pat
     assert (small.objective, small.optim.name, small.input.views, small.expander.final) == (
         full.objective, full.optim.name, full.input.views, full.expander.final,
     )  # fmt: skip
+
+
+def train_all(configs):
+    """Run each configuration; its run directory and losses."""
+    from vicreg_mm import distributed
+    from vicreg_mm.pretrain import pretrain
+
+    device = distributed.start()
+    return [metrics(pretrain(config, device)) for config in configs]
+
+
+def test_every_smoke_profile_trains(tmp_path, digits):
+    """Two steps of the same code path: optimizer, schedules, ZeRO stage, checkpointing, views and objective of the recipe."""
+    short = ["--input.shards", digits["train"], "--smoke", "--steps", "2", "--batch", "16", "--optim.warmup_epochs", "0"]
+    short += ["--monitor.log_every", "1", "--input.workers", "0"]
+    found = [parse(recipe(path.stem), [*short, "--run", str(tmp_path / path.stem)]) for path in RECIPES]
+    for path, losses in zip(RECIPES, run_ranks(train_all, 1, found, timeout_seconds=300)[0], strict=True):
+        assert list(losses) == [1, 2] and all(0 < loss < 1000 for loss in losses.values()), path
+        assert (tmp_path / path.stem / "encoder.safetensors").exists()
 
 
 def free_port():
