@@ -27,12 +27,15 @@ def smoke_profile(config: RunConfig) -> RunConfig:
             workers=min(config.input.workers, 1),
         ),
         encoder=encoder,
+        text=dataclasses.replace(
+            config.text, tokenizer="", context=16, width=64, depth=min(config.text.depth, 2), heads=min(config.text.heads, 2)
+        ),
         expander=dataclasses.replace(config.expander, widths=tuple(min(width, 256) for width in config.expander.widths)),
         optim=dataclasses.replace(config.optim, warmup_epochs=0.5),
         engine=dataclasses.replace(config.engine, precision="fp32"),
         checkpoint=dataclasses.replace(config.checkpoint, every_epochs=1.0, milestone_epochs=0),
         monitor=MonitorConfig(log_every=5, gauge_every=20),
-        evaluation=EvaluationConfig(train=BUILTIN_DIGITS, test=BUILTIN_DIGITS + ":test"),
+        evaluation=EvaluationConfig(train=BUILTIN_DIGITS, test=BUILTIN_DIGITS + ":test", templates=BUILTIN_DIGITS),
         batch=64,
         epochs=2,
         steps=40,

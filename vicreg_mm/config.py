@@ -195,6 +195,10 @@ class EvaluationConfig:
     """Indexed, labelled shards that are held out."""
     limit: int = 0
     """Use at most this many training images; 0: all."""
+    class_names: str = ""
+    """Zero-shot classification of `test`: "imagenet", or a file of names in the order of the labels; empty: classes.json of the shards."""
+    templates: str = "simple"
+    """Prompts: imagenet, simple, builtin:digits, or a file with {} in every line."""
 
 
 @dataclass(frozen=True)
@@ -305,6 +309,7 @@ def _check_effects(config: RunConfig) -> None:
         "input.slots": config.input.mode == "resampled" and "input.mode resampled has no slots",
         "input.cache": config.input.mode == "resampled" and "input.mode resampled keeps no copies",
         "evaluation.limit": not config.evaluation.train and "evaluation.train is empty",
+        "evaluation.class_names": not config.evaluation.test and "evaluation.test is empty",
     }
     flat, default = to_flat(config), to_flat(RunConfig(name=""))
     for name, reason in unused.items():

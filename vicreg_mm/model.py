@@ -130,6 +130,23 @@ class PretrainModel(nn.Module):
             embeddings |= _apply(expander, {name: own[name] for name in group}, [group])
         return {name: embeddings[name] for name in own}
 
+    def embed_images(self, images: Tensor) -> Tensor:
+        """uint8 [n, 3, H, W] -> [n, D] in the space where images are compared with texts: the objective's own, else the expanders'."""
+        return self._compared("image", self._features(images))
+
+    def embed_texts(self, tokens: Tensor) -> Tensor:
+        """int64 [n, context] -> [n, D] in the same space."""
+        assert self.text is not None
+        return self._compared("text", self.text.encoder(tokens))
+
+    def _compared(self, kind: str, features: Tensor) -> Tensor:
+        projections = getattr(self.objective, "projections", None)
+        if projections:
+            return projections[kind](features)
+        expander = self.expander if kind == "image" or self.text is None else self.text.expander
+        assert expander is not None
+        return expander(features)
+
     def forward(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """`batch`: an `input.batch.Batch`. Returns the loss and metrics by their name in metrics.jsonl."""
         features = self.encode(batch.views)

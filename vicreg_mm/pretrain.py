@@ -13,9 +13,10 @@ import torch
 
 from vicreg_mm import distributed
 from vicreg_mm.command_line import parse
-from vicreg_mm.config import ConfigError, RunConfig
+from vicreg_mm.config import BUILTIN_DIGITS, ConfigError, RunConfig
 
 RESULTS = "evaluation.json"
+IMAGE_TEXT_RESULTS = "image_text.json"
 
 
 def main(recipe: RunConfig, arguments: list[str] | None = None) -> None:
@@ -33,6 +34,8 @@ def _main(recipe: RunConfig, arguments: list[str]) -> None:
         run = pretrain(config, device)
         if loaders is not None:
             evaluate(config, run, loaders, device)
+            if needs_of(config).texts:
+                evaluate_pairs(config, run, loaders[1], device)
         if distributed.is_main():
             print(f"run: {run}\nencoder: {run / 'encoder.safetensors'}", flush=True)
     finally:
@@ -278,3 +281,42 @@ def evaluate(config: RunConfig, run: Path, loaders: tuple[Any, Any], device: tor
     if distributed.is_main():
         (run / RESULTS).write_text(json.dumps(rows, indent=2) + "\n")
         print(f"\n{evaluation_table(rows)}\n({time.perf_counter() - begun:.0f} s)\n", flush=True)
+
+
+def evaluate_pairs(config: RunConfig, run: Path, loader: Any, device: torch.device) -> None:
+    """Print retrieval and zero-shot accuracy on the held-out set, and keep them as image_text.json in the run directory."""
+    from vicreg_mm import checkpoint
+    from vicreg_mm.evaluation.pairs import embed_pairs, embed_texts, image_text_report, image_text_table
+    from vicreg_mm.evaluation.zero_shot import check_class_names, class_embeddings
+    from vicreg_mm.input.shards import Reader
+
+    if not loader.index.has_captions:
+        return
+    begun = time.perf_counter()
+    tokenizer, context = open_tokenizer(config), config.text.context
+    model = build_model(config, tokenizer)
+    checkpoint.load_model(model, checkpoint.existing(run)[-1])
+    model.to(device)
+    reader = Reader(loader.index, config.input.cache or None, int(config.input.cache_gib * 2**30))
+    pairs = embed_pairs(model, loader, reader, tokenizer, context, device)
+    names, templates = class_prompts(config)
+    classes = None
+    if names:
+        check_class_names(names, pairs.labels, config.evaluation.class_names or "classes.json")
+        classes = class_embeddings(lambda texts: embed_texts(model, texts, tokenizer, context, device), names, templates)
+    if distributed.is_main():
+        report = image_text_report(pairs, classes)
+        (run / IMAGE_TEXT_RESULTS).write_text(json.dumps(report, indent=2) + "\n")
+        print(f"{image_text_table(report)}\n({time.perf_counter() - begun:.0f} s)\n", flush=True)
+
+
+def class_prompts(config: RunConfig) -> tuple[list[str], list[str]]:
+    """Class names ([] where there are none) and prompt templates of zero-shot classification."""
+    from vicreg_mm.evaluation.zero_shot import load_class_names, load_templates
+    from vicreg_mm.input.builtin import CLASSES, PHRASES, shard_folder
+
+    e = config.evaluation
+    beside = Path(shard_folder(e.test)) / CLASSES
+    source = e.class_names or (str(beside) if beside.is_file() else "")
+    templates = list(PHRASES) if e.templates == BUILTIN_DIGITS else load_templates(e.templates)
+    return (load_class_names(source) if source else []), templates

@@ -21,6 +21,7 @@ NUM_SHARDS = {"train": 8, "test": 2}
 SIDE = 32
 DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 CAPTIONS_EACH = 3
+CLASSES = "classes.json"
 VOCABULARY = 400  # ids; of which sentencepiece needs 262 for bytes and special ones
 PHRASES = (
     "a scan of a handwritten {}", "a handwritten {}", "the digit {}", "the number {} written by hand", "a photo of the number {}",
@@ -91,6 +92,7 @@ def _write(split: str, folder: Path) -> None:
     all_captions = [caption for row in range(len(scans)) for caption in captions(int(labels[row]), (SPLITS.index(split), row))]
     if split == "train":  # a vocabulary must not know the held-out captions
         (folder / MODEL_FILE).write_bytes(train_sentencepiece(all_captions, vocab_size=VOCABULARY))
+    (folder / CLASSES).write_text(json.dumps(DIGIT_NAMES) + "\n")
     write_index(folder)
 
 

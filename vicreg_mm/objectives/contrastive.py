@@ -48,6 +48,11 @@ class Contrastive(nn.Module):
         self.bias = None if bias is None else nn.Parameter(torch.full((1,), bias))
         self.needs = Needs(views=(), features=(IMAGE, TEXT))
 
+    @property
+    def projections(self) -> dict[str, nn.Module]:
+        """Features -> the space in which images and texts are compared."""
+        return {"image": self.image_projection, "text": self.text_projection}
+
     def forward(self, embeddings: Mapping[str, Tensor], context: Mapping[str, Any] | None = None) -> ObjectiveOutput:
         """context: {"features": {"global_0": [n, F_i], "text_0": [n, F_t]}}, this rank's rows; the embeddings are not looked at.
 

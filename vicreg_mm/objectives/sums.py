@@ -38,6 +38,11 @@ class SumObjective(nn.Module):
         terms = _side_by_side({name: output.terms for name, output in outputs.items()})
         return ObjectiveOutput(loss, terms, _side_by_side({name: output.logs for name, output in outputs.items()}))  # type: ignore[arg-type]
 
+    @property
+    def projections(self) -> dict[str, nn.Module] | None:
+        """Those of the first part that has some."""
+        return next((part.projections for part in self.parts.values() if getattr(part, "projections", None)), None)
+
     def after_step(self, progress: float) -> None:
         """Pass the share of training done on to the parts that ask for it."""
         for part in self.parts.values():
