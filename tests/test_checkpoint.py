@@ -15,8 +15,8 @@ from torch import nn
 from tests.tiny import tiny_config
 from vicreg_mm import checkpoint
 from vicreg_mm import config as configs
+from vicreg_mm.assemble import build_model
 from vicreg_mm.checkpoint import CheckpointError, open_run
-from vicreg_mm.pretrain import build_model
 
 
 class WholeModule:

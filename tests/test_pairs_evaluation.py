@@ -9,12 +9,12 @@ import torch
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_image_text_ranks import text_config
 from vicreg_mm import config as configs
+from vicreg_mm.assemble import build_model
 from vicreg_mm.evaluation.pairs import Pairs, embed_pairs, embed_texts, image_text_report, image_text_table
 from vicreg_mm.input.loader import LabelledLoader
 from vicreg_mm.input.shards import Reader, ShardIndex
 from vicreg_mm.input.tokenizers import build_tokenizer, pack
 from vicreg_mm.input.views import EvalTransform, decode
-from vicreg_mm.pretrain import build_model
 
 CPU = torch.device("cpu")
 

@@ -15,9 +15,10 @@ from tests.distributed.ranks import run_ranks
 from tests.tiny import metrics, tiny_config
 from vicreg_mm import checkpoint, pretrain
 from vicreg_mm import config as configs
+from vicreg_mm.assemble import build_model
 from vicreg_mm.input.shards import write_index
 from vicreg_mm.input.writing import write_tar
-from vicreg_mm.pretrain import build_model, evaluate, open_evaluation
+from vicreg_mm.pretrain import evaluate, open_evaluation
 
 
 def attempt(configs):

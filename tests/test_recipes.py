@@ -17,11 +17,11 @@ from tests.distributed.ranks import run_ranks
 from tests.tiny import metrics
 from vicreg_mm import config as configs
 from vicreg_mm import objectives
+from vicreg_mm.assemble import build_model
 from vicreg_mm.command_line import parse, smoke_profile
 from vicreg_mm.input.presets import policy_of
 from vicreg_mm.launch import deepspeed_settings
 from vicreg_mm.optim import build_optimizer, parameter_groups
-from vicreg_mm.pretrain import build_model
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted(path for path in (ROOT / "recipes").glob("*.py"))

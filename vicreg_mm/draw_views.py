@@ -14,6 +14,7 @@ from typing import NoReturn
 import torch
 from PIL import Image
 
+from vicreg_mm.assemble import needs_of
 from vicreg_mm.checkpoint import build_encoder
 from vicreg_mm.command_line import parse
 from vicreg_mm.config import RunConfig
@@ -25,7 +26,6 @@ from vicreg_mm.input.shards import Reader, RecordError, ShardIndex
 from vicreg_mm.input.view_sheet import Picture, sheet
 from vicreg_mm.input.views import BadImage, decode
 from vicreg_mm.model import check_views
-from vicreg_mm.pretrain import needs_of
 
 PHOTOS = "scikit-learn's photos"  # stands in input.shards where a recipe names no data
 FORMATS = (".png", ".jpg", ".webp")

@@ -1,0 +1,126 @@
+"""The parts of a run out of its configuration: objective, tokenizer, model and data."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from vicreg_mm import distributed
+from vicreg_mm.config import ConfigError, RunConfig
+
+
+def build_objective(config: RunConfig, image_features: int) -> Any:
+    """The objective with its options, and with those that the rest of the configuration decides."""
+    from vicreg_mm import objectives
+
+    known = {
+        "num_local": config.num_local,
+        "embedding_dim": config.expander.widths[-1],
+        "image_features": image_features,
+        "text_features": config.text.width,
+    }
+    taken = objectives.options(config.objective.name)
+    options = {**{option: value for option, value in known.items() if option in taken}, **config.objective.options}
+    try:
+        return objectives.build(config.objective.name, **options)
+    except TypeError as error:  # a word where a number belongs
+        raise ConfigError(f"objective {config.objective.name} with options {options}: {error}") from error
+
+
+def needs_of(config: RunConfig) -> Any:
+    """What the objective needs, found out before anything large is built."""
+    with torch.random.fork_rng(devices=[]):
+        return build_objective(config, image_features=1).needs
+
+
+def open_tokenizer(config: RunConfig) -> Any:
+    """The tokenizer that a configuration names; by default the one beside its shards."""
+    from vicreg_mm.input.builtin import shard_folder
+    from vicreg_mm.input.tokenizers import build_tokenizer
+
+    return build_tokenizer(config.text.tokenizer or str(shard_folder(config.input.shards)))
+
+
+def build_model(config: RunConfig, tokenizer: Any = None) -> Any:
+    """Encoders, expanders and objective with fresh weights from torch's current random state. tokenizer: for objectives that take texts."""
+    from vicreg_mm import checkpoint
+    from vicreg_mm.encoders import build_text
+    from vicreg_mm.expander import Expander
+    from vicreg_mm.model import PretrainModel, TextTower
+
+    def expander(num_features: int, wanted: bool) -> Expander | None:
+        e = config.expander
+        return Expander(num_features, e.widths, final=e.final, norm=e.norm) if wanted else None
+
+    encoder = checkpoint.build_encoder(config)
+    objective = build_objective(config, encoder.num_features)
+    needs, text = objective.needs, None
+    image_expander = expander(encoder.num_features, wanted=any(view not in needs.texts for view in needs.views))
+    if needs.texts:
+        t = config.text
+        text_encoder = build_text(
+            t.encoder, vocab_size=tokenizer.vocab_size, context=t.context, pad_id=tokenizer.pad_id, end_id=tokenizer.end_id,
+            width=t.width, depth=t.depth, heads=t.heads,
+        )  # fmt: skip
+        text = TextTower(text_encoder, expander(t.width, wanted=any(view in needs.texts for view in needs.views)))
+    joint = {"auto": None, "per_view": False, "per_resolution": True}[config.encoder.forward]
+    return PretrainModel(encoder, image_expander, objective, joint, config.expander.forward == "per_resolution", text)
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """The training data of a run: what it offers, how long an epoch is, and its batches from any step on."""
+
+    view_sizes: dict[str, int]
+    num_samples: int
+    steps_per_epoch: int
+    fingerprint: dict[str, Any]
+    batches: Callable[[int], Any]
+
+
+def open_data(config: RunConfig, needs: Any = None, tokenizer: Any = None) -> Data:
+    """Open the shards that a configuration names. needs: the objective's; tokenizer: where it needs texts."""
+    from vicreg_mm.input.builtin import shard_folder
+    from vicreg_mm.input.loader import PretrainLoader
+    from vicreg_mm.input.plan import Plan, Position, default_slots
+    from vicreg_mm.input.presets import policy_of
+    from vicreg_mm.input.shards import ShardIndex
+    from vicreg_mm.input.streaming import ResampledLoader
+    from vicreg_mm.input.text_views import build_text_policy, load_synonyms
+
+    policy, texts = policy_of(config) if needs is None else policy_of(config, needs.all_views), None
+    if tokenizer is not None:
+        t = config.text
+        synonyms = load_synonyms(t.synonyms) if t.synonyms else None
+        texts = build_text_policy(t.views, tokenizer, t.context, num_views=len(needs.texts), synonyms=synonyms)
+    view_sizes = policy.view_sizes | ({} if texts is None else {name: texts.context for name in texts.view_names})
+    rank, world = distributed.rank(), distributed.world_size()
+    if config.input.mode == "resampled":
+        steps = config.input.steps_per_epoch
+        stream = ResampledLoader(
+            shard_folder(config.input.shards),
+            policy,
+            config.batch,
+            steps,
+            texts=texts,
+            seed=config.seed,
+            rank=rank,
+            world_size=world,
+            workers=config.input.workers,
+        )
+        samples = steps * config.batch
+        return Data(view_sizes, samples, steps, {"resampled": config.input.shards},
+                    lambda step: stream.batches(Position(*divmod(step, steps)), epochs=10**9))  # fmt: skip
+    index = ShardIndex.open(shard_folder(config.input.shards), cache_dir=config.input.cache or None)
+    if config.input.cache and not index.remote:
+        raise ConfigError(f"input.cache {config.input.cache} has no effect: the shards are local files; leave it out")
+    slots = default_slots(config.batch, config.input.slots)
+    plan = Plan(tuple(index.counts), config.batch, config.seed, slots)
+    loader = PretrainLoader(
+        index, policy, plan, texts=texts, rank=rank, world_size=world, workers=config.input.workers,
+        cache_dir=config.input.cache or None, cache_bytes=int(config.input.cache_gib * 2**30),
+    )  # fmt: skip
+    fingerprint = {"num_samples": plan.num_samples, "num_shards": len(index.counts), "edition": index.edition, "slots": slots}
+    return Data(view_sizes, plan.num_samples, plan.steps_per_epoch, fingerprint,
+                lambda step: loader.batches(Position(*divmod(step, plan.steps_per_epoch)), epochs=10**9))  # fmt: skip
