@@ -26,6 +26,11 @@ def test_options_of_the_objective_are_added_and_replaced():
     assert config.objective.options == {"convention": "paper", "mu": 10, "flag": True}
 
 
+def test_another_objective_starts_without_the_options_of_the_recipes():
+    config = parse(RECIPE, ["--objective.name", "clip+vicreg", "--objective.options.clip.width", "64"])
+    assert config.objective == configs.ObjectiveConfig(name="clip+vicreg", options={"clip.width": 64})
+
+
 def test_the_launchers_local_rank_is_dropped():
     assert parse(RECIPE, ["--local_rank=3"]) == RECIPE
     assert parse(RECIPE, ["--local_rank", "3"]) == RECIPE

@@ -17,7 +17,7 @@ from tests.distributed.ranks import run_ranks
 from tests.tiny import metrics
 from vicreg_mm import config as configs
 from vicreg_mm import objectives
-from vicreg_mm.assemble import build_model
+from vicreg_mm.assemble import build_model, needs_of, open_tokenizer
 from vicreg_mm.command_line import parse, smoke_profile
 from vicreg_mm.input.presets import policy_of
 from vicreg_mm.launch import deepspeed_settings
@@ -44,9 +44,9 @@ def test_a_recipe_is_a_page_with_its_command_its_sources_and_what_to_expect(path
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_a_recipe_builds_in_miniature(path):
-    config = parse(recipe(path.stem), ["--smoke"])
-    model = build_model(config)
+def test_a_recipe_builds_in_miniature(path, digits):
+    config = parse(recipe(path.stem), ["--smoke", "--input.shards", digits["train"]])
+    model = build_model(config, open_tokenizer(config) if needs_of(config).texts else None)
     deepspeed_settings(config, 1, torch.device("cpu"))
     assert build_optimizer(parameter_groups(model, config.optim), config.optim)
 

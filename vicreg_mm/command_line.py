@@ -12,7 +12,7 @@ from vicreg_mm.config import BUILTIN_DIGITS, ConfigError, EvaluationConfig, Moni
 
 
 def smoke_profile(config: RunConfig) -> RunConfig:
-    """The same run in miniature: a toy encoder of the same family, the built-in digits, 40 steps; everything else as in the recipe."""
+    """The same run in miniature: a toy encoder of the same family, the built-in digits, `smoke_steps`; all else as in the recipe."""
     family = next((family for family in ("vit", "convnext") if family in config.encoder.name.lower()), "resnet")
     encoder = dataclasses.replace(config.encoder, name=f"timm/test_{family}", stem="imagenet", patch_size=None)
     size = 32 if family == "resnet" else 64
@@ -38,7 +38,7 @@ def smoke_profile(config: RunConfig) -> RunConfig:
         evaluation=EvaluationConfig(train=BUILTIN_DIGITS, test=BUILTIN_DIGITS + ":test", templates=BUILTIN_DIGITS),
         batch=64,
         epochs=2,
-        steps=40,
+        steps=config.smoke_steps,
         smoke=True,
     )
 
@@ -75,7 +75,8 @@ def _override(recipe: RunConfig, arguments: list[str]) -> RunConfig:
         box = [line.strip("│ ") for line in complaint.getvalue().splitlines()[1:]]
         message = list(itertools.takewhile(lambda line: line.strip("─╰╯"), box))
         raise ConfigError(" ".join(message).rstrip(".")) from None
-    options = {**config.objective.options, **_objective_options(unknown)}
+    own = config.objective.options if config.objective.name == recipe.objective.name else {}  # options belong to one objective
+    options = {**own, **_objective_options(unknown)}
     return dataclasses.replace(config, objective=dataclasses.replace(config.objective, options=options))
 
 

@@ -112,7 +112,7 @@ class ObjectiveConfig:
     """What is minimised."""
 
     name: str = "vicreg"
-    """A registered objective; `vicreg-mm objectives` lists them."""
+    """A registered objective, or a sum "a+b"; `vicreg-mm objectives` lists them. Another than the recipe's starts without its options."""
     options: dict[str, float | int | bool | str] = field(default_factory=dict)
     """Options of the objective: --objective.options.NAME VALUE."""
 
@@ -231,6 +231,8 @@ class RunConfig:
     """The run directory; empty: the next free runs/NAME-NNN."""
     resume: bool = False
     """Go on with `run`, or with the newest run of this recipe."""
+    smoke_steps: int = 40
+    """Length of the smoke profile."""
     smoke: bool = False
     """The smoke profile: the same code path with a toy encoder on the built-in digits, for a few dozen steps."""
     deepspeed_config: str = ""
@@ -243,8 +245,8 @@ class RunConfig:
 
 
 POSITIVE = (
-    "batch", "epochs", "optim.lr", "optim.lr_batch", "input.image_size", "input.local_size", "input.slots", "input.cache_gib",
-    "monitor.log_every", "monitor.gauge_every", "checkpoint.keep",
+    "batch", "epochs", "smoke_steps", "optim.lr", "optim.lr_batch", "input.image_size", "input.local_size", "input.slots",
+    "input.cache_gib", "monitor.log_every", "monitor.gauge_every", "checkpoint.keep",
 )  # fmt: skip
 NOT_NEGATIVE = (
     "steps", "num_local", "optim.max_lr", "optim.weight_decay", "optim.momentum", "optim.warmup_epochs", "optim.clip", "input.workers",
