@@ -175,10 +175,10 @@ def duplicate_weights(ids: Tensor) -> Tensor:
 
 
 def _resolutions(views: Mapping[str, Tensor]) -> list[list[str]]:
-    """The names of the views, those of one height and width together."""
+    """The names of the views, those of one height and width together; texts apart from images."""
     groups: dict[torch.Size, list[str]] = {}
     for name, view in views.items():
-        groups.setdefault(view.shape[-2:], []).append(name)
+        groups.setdefault(view.shape[1:], []).append(name)
     return list(groups.values())
 
 

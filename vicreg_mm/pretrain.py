@@ -84,6 +84,8 @@ def pretrain(config: RunConfig, device: torch.device) -> Path:
         model = convert_sync_batchnorm(model, device)
     if config.engine.activation_checkpointing:
         model.encoder.set_activation_checkpointing(True)
+        if model.text is not None:
+            model.text.encoder.set_activation_checkpointing(True)
     decay = config.optim.weight_decay
     schedule = Schedule(
         config.peak_lr,
