@@ -5,6 +5,7 @@ A checkpoint is a folder `checkpoints/step-NNNNNNNN` of plain safetensors and JS
   optimizer.safetensors  NAME/STATE for every state of every parameter (AdamW: exp_avg, exp_avg_sq, step)
   state.json             position in the data, step, configuration, data fingerprint, loss scale, and the loop's journal: the sums
                          of the epoch that is under way, counts of bad records, advice given
+  tokenizer              the vocabulary, where texts are trained on
 It belongs to no layout: saved at any ZeRO stage on any number of ranks, it goes on at any other. No pickle is read.
 (DeepSpeed's own format is pickle and, from stage 1, bound to its number of ranks.) Random numbers need no state: they are drawn
 anew from (seed, position) at every step.
@@ -26,10 +27,12 @@ from torch import Tensor, nn
 from vicreg_mm import config as configs
 from vicreg_mm import distributed, engine_state
 from vicreg_mm.encoders import VisionEncoder, build_vision
+from vicreg_mm.input.tokenizers import Tokenizer, deserialize
 from vicreg_mm.tensor_file import write_tensors
 
 STATE = ("step", "milestone", "data", "loss_scale", "journal")
 """What state.json must hold; the configuration, the position and the number of ranks are there for the reader."""
+TOKENIZER = "tokenizer"
 REMOVE = "; if it is damaged, remove its folder to go on from the checkpoint before it"
 
 
@@ -40,9 +43,10 @@ class CheckpointError(ValueError):
 # The folder -------------------------------------------------------------------------------------------------------------
 
 
-def save(folder: Path, engine: Any, state: Mapping[str, Any]) -> Path:
+def save(folder: Path, engine: Any, state: Mapping[str, Any], files: Mapping[str, bytes] | None = None) -> Path:
     """Write the checkpoint `folder` whole, or not at all. All ranks must call it; raises CheckpointError on every rank.
 
+    files: further ones, contents by name.
     Rank 0 writes tensor by tensor: its memory holds one whole tensor beside what the engine holds.
     """
     writer = _Writer(folder) if distributed.is_main() else None
@@ -56,7 +60,7 @@ def save(folder: Path, engine: Any, state: Mapping[str, Any]) -> Path:
             for _ in tensors:  # the other ranks, and rank 0 after a failure, still take part in the gathering
                 pass
         if writer is not None:
-            writer.commit(state)
+            writer.commit({"state.json": (json.dumps(state, indent=2) + "\n").encode(), **(files or {})})
         problem = distributed.broadcast_object(None if writer is None else writer.problem)
     finally:
         if writer is not None:
@@ -96,15 +100,16 @@ class _Writer:
             yield tensor
             del tensor
 
-    def commit(self, state: Mapping[str, Any]) -> None:
-        """Add state.json and take the folder's name."""
+    def commit(self, files: Mapping[str, bytes]) -> None:
+        """Add the small files, contents by name, and take the folder's name."""
         if self.problem:
             return
         try:
-            with (self.partial / "state.json").open("w") as file:
-                file.write(json.dumps(state, indent=2) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+            for name, content in files.items():
+                with (self.partial / name).open("wb") as file:
+                    file.write(content)
+                    file.flush()
+                    os.fsync(file.fileno())
             if self.folder.exists():  # the same step saved before: same contents
                 shutil.rmtree(self.folder)
             self.partial.rename(self.folder)
@@ -144,6 +149,14 @@ def read_state(folder: Path) -> dict[str, Any]:
         return {key: state[key] for key in STATE}
     except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise CheckpointError(f"cannot read {folder / 'state.json'}: {error!r}{REMOVE}") from error
+
+
+def read_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer that a checkpoint was trained with."""
+    try:
+        return deserialize((folder / TOKENIZER).read_bytes())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read {folder / TOKENIZER}: {error}") from error
 
 
 def load_model(module: nn.Module, folder: Path) -> None:

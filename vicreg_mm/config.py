@@ -371,10 +371,10 @@ def load(path: Path) -> RunConfig:
 
 
 FREE_TO_CHANGE = (
-    "run", "resume", "deepspeed_config", "input.workers", "input.cache", "input.shards", "input.max_bad_share", "engine.zero_stage",
-    "engine.activation_checkpointing", "checkpoint.", "monitor.", "evaluation.",
+    "run", "resume", "deepspeed_config", "input.workers", "input.cache", "input.shards", "input.max_bad_share", "text.tokenizer",
+    "engine.zero_stage", "engine.activation_checkpointing", "checkpoint.", "monitor.", "evaluation.",
 )  # fmt: skip
-"""What a resumed run may set anew: none of it moves the loss (the shards may have moved; their contents are compared by the checkpoint)."""
+"""What a resumed run may set anew: none of it moves the loss (shards and tokenizer may have moved; the checkpoint compares contents)."""
 
 
 def differences(before: RunConfig, now: RunConfig) -> list[str]:

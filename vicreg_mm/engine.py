@@ -39,7 +39,7 @@ class Training:
     """Everything that one training run needs beside the engine.
 
     fingerprint: what identifies the data. gauges: name -> formula on the gathered features of a view. journal: what the loop had
-    summed and said before the checkpoint that it goes on from.
+    summed and said before the checkpoint that it goes on from. files: what every checkpoint holds besides, contents by name.
     """
 
     config: RunConfig
@@ -51,6 +51,7 @@ class Training:
     fingerprint: dict[str, Any] = field(default_factory=dict)
     gauges: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
     journal: Mapping[str, Any] = field(default_factory=dict)
+    files: Mapping[str, bytes] = field(default_factory=dict)
 
     def logs_at(self, step: int) -> bool:
         """Whether the step that ends with `step` steps done writes a line of metrics."""
@@ -235,7 +236,7 @@ class _Loop:
             "loss_scale": _loss_scale(self.engine),
             "journal": {**self.means.state(), **self._bad_totals(), "advised": sorted(self.advised)},
         }
-        folder = checkpoint.save(checkpoint.folder_of(t.run, t.step), self.engine, state)
+        folder = checkpoint.save(checkpoint.folder_of(t.run, t.step), self.engine, state, t.files)
         if self.main:
             checkpoint.prune(t.run, t.config.checkpoint.keep)
         distributed.barrier()

@@ -58,6 +58,7 @@ def pretrain(config: RunConfig, device: torch.device) -> Path:
     """Train as the configuration says, from the start or from its last checkpoint; returns the run directory with encoder.safetensors."""
     from vicreg_mm import checkpoint, engine, gauges
     from vicreg_mm.batchnorm import convert_sync_batchnorm
+    from vicreg_mm.input.tokenizers import check_vocabulary
     from vicreg_mm.launch import deepspeed_settings, launch
     from vicreg_mm.optim import Schedule, parameter_groups
 
@@ -73,6 +74,9 @@ def pretrain(config: RunConfig, device: torch.device) -> Path:
             raise checkpoint.CheckpointError(
                 f"{run} was trained on other data: {state['data']} in its checkpoint, {data.fingerprint} in --input.shards"
             )
+        if tokenizer is not None:
+            kept = checkpoint.read_tokenizer(resumed)
+            check_vocabulary(tokenizer, kept.vocab_size, kept.fingerprint)
     # The loader's processes are forked by the first batch: before there is a model, whose every weight they would keep as it was then.
     batches = data.batches(state["step"])
     batches = itertools.chain([next(batches)], batches)
@@ -111,6 +115,7 @@ def pretrain(config: RunConfig, device: torch.device) -> Path:
     training = engine.Training(
         config, run, schedule, data.steps_per_epoch, state["step"], gamma=getattr(model.objective, "gamma", 1.0),
         fingerprint=data.fingerprint, gauges={"stats/rank": gauges.rankme}, journal=state["journal"],
+        files={} if tokenizer is None else {checkpoint.TOKENIZER: tokenizer.serialize()},
     )  # fmt: skip
     if distributed.is_main():
         begin = f"resumed at step {training.step}" if resumed else "from the start"
@@ -178,9 +183,10 @@ def evaluate_pairs(config: RunConfig, run: Path, loader: Any, device: torch.devi
     if not loader.index.has_captions:
         return
     begun = time.perf_counter()
-    tokenizer, context = open_tokenizer(config), config.text.context
+    last = checkpoint.existing(run)[-1]
+    tokenizer, context = checkpoint.read_tokenizer(last), config.text.context
     model = build_model(config, tokenizer)
-    checkpoint.load_model(model, checkpoint.existing(run)[-1])
+    checkpoint.load_model(model, last)
     model.to(device)
     reader = Reader(loader.index, config.input.cache or None, int(config.input.cache_gib * 2**30))
     pairs = embed_pairs(model, loader, reader, tokenizer, context, device)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -111,3 +112,30 @@ def test_shards_without_captions_are_refused(tmp_path):
     tokenizer = open_tokenizer(dataclasses.replace(config, text=dataclasses.replace(config.text, tokenizer="open_clip")))
     with pytest.raises(ValueError, match=r"has no captions \(KEY.txt, or KEY.json with captions\): its fields are png"):
         open_data(config, needs_of(config), tokenizer)
+
+
+def resumed_with(config, tokenizer):
+    """The message of a resume with another tokenizer."""
+    from vicreg_mm import distributed
+    from vicreg_mm.pretrain import pretrain
+
+    config = dataclasses.replace(config, resume=True, text=dataclasses.replace(config.text, tokenizer=tokenizer))
+    try:
+        pretrain(config, distributed.start())
+    except ValueError as error:
+        return str(error)
+
+
+def test_the_tokenizer_is_part_of_the_checkpoint_and_another_is_refused(runs, digits, tmp_path):
+    from vicreg_mm.checkpoint import existing, read_tokenizer
+    from vicreg_mm.input.tokenizers import MODEL_FILE, build_tokenizer, train_sentencepiece
+
+    config = runs["crossmodal", 1][0]
+    tokenizer = read_tokenizer(existing(Path(config.run))[-1])
+    assert tokenizer == build_tokenizer(digits["train"])
+    # the shards' own model was trained again: the configuration is as it was, the vocabulary is not
+    shards = tmp_path / "shards"
+    shutil.copytree(digits["train"], shards)
+    (shards / MODEL_FILE).write_bytes(train_sentencepiece(["other words stand here", "and more of them"], vocab_size=300))
+    message = run_ranks(resumed_with, 1, dataclasses.replace(config, input=dataclasses.replace(config.input, shards=str(shards))), "")[0]
+    assert "use the tokenizer that the checkpoint was trained with" in message and "ids (vocabulary" in message
