@@ -16,6 +16,9 @@ def smoke_profile(config: RunConfig) -> RunConfig:
     family = next((family for family in ("vit", "convnext") if family in config.encoder.name.lower()), "resnet")
     encoder = dataclasses.replace(config.encoder, name=f"timm/test_{family}", stem="imagenet", patch_size=None)
     size = 32 if family == "resnet" else 64
+    optim = dataclasses.replace(config.optim, warmup_epochs=0.5)
+    if optim.name == "adamw":  # (assumed) a rate at which so small a network learns in so few steps
+        optim = dataclasses.replace(optim, lr=1e-3, lr_batch=64, max_lr=0.0)
     return dataclasses.replace(
         config,
         input=dataclasses.replace(
@@ -31,7 +34,7 @@ def smoke_profile(config: RunConfig) -> RunConfig:
             config.text, tokenizer="", context=16, width=64, depth=min(config.text.depth, 2), heads=min(config.text.heads, 2)
         ),
         expander=dataclasses.replace(config.expander, widths=tuple(min(width, 256) for width in config.expander.widths)),
-        optim=dataclasses.replace(config.optim, warmup_epochs=0.5),
+        optim=optim,
         engine=dataclasses.replace(config.engine, precision="fp32"),
         checkpoint=dataclasses.replace(config.checkpoint, every_epochs=1.0, milestone_epochs=0),
         monitor=MonitorConfig(log_every=5, gauge_every=20),
