@@ -151,3 +151,16 @@ def test_two_ranks_give_the_loss_and_the_gradients_of_one():
 def test_what_cannot_be_is_said_in_one_line(options, message):
     with pytest.raises(ValueError, match=message):
         objectives.build("crossmodal", **options)
+
+
+def test_with_predictors_the_cosine_is_the_mean_of_that_in_both_spaces():
+    torch.manual_seed(0)
+    objective = objectives.build("crossmodal", predictor=16, embedding_dim=20).double().eval()
+    z = {name: view.detach() for name, view in embeddings().items()}
+    image, text = objective.comparable("image", z["global_0"]), objective.comparable("text", z["text_0"])
+    forth, back = objective.predictors["image_to_text"](z["global_0"]), objective.predictors["text_to_image"](z["text_0"])
+    cosine = torch.nn.functional.cosine_similarity
+    expected = (cosine(forth, z["text_0"]) + cosine(z["global_0"], back)) / 2
+    torch.testing.assert_close(cosine(image, text).double(), expected, rtol=1e-5, atol=1e-6)
+    plain = objectives.build("crossmodal")
+    assert plain.comparable("image", z["global_0"]) is z["global_0"]

@@ -145,7 +145,8 @@ class PretrainModel(nn.Module):
             return projections[kind](features)
         expander = self.expander if kind == "image" or self.text is None else self.text.expander
         assert expander is not None
-        return expander(features)
+        comparable = getattr(self.objective, "comparable", lambda kind, z: z)
+        return comparable(kind, expander(features))
 
     def forward(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """`batch`: an `input.batch.Batch`. Returns the loss and metrics by their name in metrics.jsonl."""

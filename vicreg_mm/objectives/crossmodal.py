@@ -16,7 +16,9 @@ since a symmetric distance with per-modality regularisation alone is reported to
 views stays as it was.
 """
 
-from torch import nn
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from vicreg_mm.objectives import OBJECTIVES
 from vicreg_mm.objectives.graph import Edge, GraphObjective, ViewGraph
@@ -70,6 +72,23 @@ def build_predictor(embedding_dim: int, width: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(embedding_dim, width), nn.BatchNorm1d(width), nn.ReLU(inplace=True), nn.Linear(width, embedding_dim))
 
 
+class CrossModalObjective(GraphObjective):
+    """The graph of `crossmodal`, and the space in which its images and texts are compared afterwards."""
+
+    def comparable(self, kind: str, z: Tensor) -> Tensor:
+        """Embeddings [n, D] of "image" or "text" -> rows whose cosine is how well image and text fit.
+
+        With predictors the two embeddings need not be alike, only one be predicted from the other: [q(z_image), z_image] beside
+        [z_text, q(z_text)], each half of unit length, so that the cosine is the mean of that in the space of texts and that in the
+        space of images: [n, 2 D]. Without, the embeddings themselves.
+        """
+        if not self.predictors:
+            return z
+        predicted = self.predictors["image_to_text" if kind == "image" else "text_to_image"](z)
+        halves = (predicted, z) if kind == "image" else (z, predicted)
+        return torch.cat([F.normalize(half.float(), dim=1) for half in halves], 1)
+
+
 @OBJECTIVES.register("crossmodal")
 def crossmodal(
     num_local: int = 0,
@@ -90,7 +109,7 @@ def crossmodal(
     nu: float = 1.0,
     gamma: float = 1.0,
     eps: float = 1e-4,
-) -> GraphObjective:
+) -> CrossModalObjective:
     """Views global_0, global_1, text_0, text_1 (and local_0 ..): image-image, text-text and image-text edges.
 
     num_local, local_weight: as in `multicrop`. pairs: "first" or "all". image_weight, text_weight, cross_weight: w_i, w_t, w_x.
@@ -109,4 +128,4 @@ def crossmodal(
     }
     predictors = {name: build_predictor(embedding_dim, predictor) for name in ("image_to_text", "text_to_image")} if predictor else {}
     correction = weighting.convention.correction
-    return GraphObjective(ViewGraph(edges, nodes), weighting, gamma, eps, correction=correction, predictors=predictors)
+    return CrossModalObjective(ViewGraph(edges, nodes), weighting, gamma, eps, correction=correction, predictors=predictors)
