@@ -16,7 +16,7 @@ import numpy as np
 
 from vicreg_mm.input import text_operations as operations
 from vicreg_mm.input.text_operations import Synonyms, load_synonyms, synonym_table
-from vicreg_mm.input.views import _PhiloxKey
+from vicreg_mm.input.views import PhiloxKey
 from vicreg_mm.registry import unknown_name
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ class ViewDraws:
             words, counter = np.array((seed, epoch), np.uint64), np.array((0, FIRST_VIEW + view, shard, row), np.uint64)
         except (ValueError, OverflowError):
             raise ValueError(f"key of a sample {key}; expected (seed, epoch, shard, row), integers from 0 to 2**64 - 1") from None
-        bits = np.random.Philox(_PhiloxKey(words), counter=counter)  # type: ignore[arg-type] # numpy's stubs know SeedSequence alone
+        bits = np.random.Philox(PhiloxKey(words), counter=counter)  # type: ignore[arg-type] # numpy's stubs know SeedSequence alone
         self._generator = np.random.Generator(bits)
         self._blocks: list[np.ndarray] = []
 
