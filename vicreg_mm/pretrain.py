@@ -13,6 +13,7 @@ from vicreg_mm import distributed
 from vicreg_mm.assemble import build_model, needs_of, open_data, open_tokenizer
 from vicreg_mm.command_line import parse
 from vicreg_mm.config import BUILTIN_DIGITS, ConfigError, RunConfig
+from vicreg_mm.optim import Schedule
 
 RESULTS = "evaluation.json"
 IMAGE_TEXT_RESULTS = "image_text.json"
@@ -60,7 +61,7 @@ def pretrain(config: RunConfig, device: torch.device) -> Path:
     from vicreg_mm.batchnorm import convert_sync_batchnorm
     from vicreg_mm.input.tokenizers import check_vocabulary
     from vicreg_mm.launch import deepspeed_settings, launch
-    from vicreg_mm.optim import Schedule, parameter_groups
+    from vicreg_mm.optim import parameter_groups
 
     needs, tokenizer = needs_of(config), None
     if needs.texts:
@@ -90,18 +91,7 @@ def pretrain(config: RunConfig, device: torch.device) -> Path:
         model.encoder.set_activation_checkpointing(True)
         if model.text is not None:
             model.text.encoder.set_activation_checkpointing(True)
-    decay = config.optim.weight_decay
-    schedule = Schedule(
-        config.peak_lr,
-        total=config.steps or config.epochs * data.steps_per_epoch,
-        warmup=round(config.optim.warmup_epochs * data.steps_per_epoch),
-        final_ratio=config.optim.final_lr_ratio,
-        decay=(decay, decay if config.optim.final_weight_decay is None else config.optim.final_weight_decay),
-    )
-    if schedule.warmup >= schedule.total:
-        raise ConfigError(
-            f"the warm-up of {schedule.warmup} steps is not shorter than the run of {schedule.total}; lower --optim.warmup_epochs"
-        )
+    schedule = schedule_of(config, data.steps_per_epoch)
     # a wrong setting must not leave a run directory behind
     parameter_groups(model, config.optim)
     deepspeed_settings(config, distributed.world_size(), device)
@@ -128,6 +118,23 @@ def pretrain(config: RunConfig, device: torch.device) -> Path:
         checkpoint.export_encoder(run, last, config)
     distributed.barrier()
     return run
+
+
+def schedule_of(config: RunConfig, steps_per_epoch: int) -> Schedule:
+    """Learning rate and weight decay of every step; raises ConfigError for a warm-up that is not shorter than the run."""
+    decay = config.optim.weight_decay
+    schedule = Schedule(
+        config.peak_lr,
+        total=config.steps or config.epochs * steps_per_epoch,
+        warmup=round(config.optim.warmup_epochs * steps_per_epoch),
+        final_ratio=config.optim.final_lr_ratio,
+        decay=(decay, decay if config.optim.final_weight_decay is None else config.optim.final_weight_decay),
+    )
+    if schedule.warmup >= schedule.total:
+        raise ConfigError(
+            f"the warm-up of {schedule.warmup} steps is not shorter than the run of {schedule.total}; lower --optim.warmup_epochs"
+        )
+    return schedule
 
 
 def open_evaluation(config: RunConfig) -> tuple[Any, Any] | None:
