@@ -56,6 +56,13 @@ def test_scale_and_bias_start_where_the_papers_start_them(name):
     assert all(p.ndim > 0 for p in objective.parameters())
 
 
+def test_siglip_may_start_elsewhere_for_a_smaller_batch():
+    objective = built("siglip", scale=5.0, bias=-math.log(64))
+    assert objective.log_scale.exp().item() == pytest.approx(5) and objective.bias.item() == pytest.approx(-math.log(64))
+    with pytest.raises(ValueError, match=r"^scale = 0.0; it must be above 0 and at most 100$"):
+        built("siglip", scale=0.0)
+
+
 def test_the_scale_stops_at_100():
     objective = built("clip")
     with torch.no_grad():

@@ -275,7 +275,7 @@ def test_a_setting_out_of_range_is_refused_by_name(override, message):
 
 
 def test_unknown_presets_sizes_and_images_are_refused():
-    with pytest.raises(ValueError, match="unknown view preset 'offical'; known: cifar, digits, dino, document, official, paper"):
+    with pytest.raises(ValueError, match="unknown view preset 'offical'; known: cifar, crop, digits, dino, document, official, paper"):
         build_policy("offical", 224)
     with pytest.raises(ValueError, match="view 'global_0': size 0; expected at least 1 pixel"):
         build_policy("official", 0)

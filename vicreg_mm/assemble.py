@@ -49,23 +49,33 @@ def build_model(config: RunConfig, tokenizer: Any = None) -> Any:
     from vicreg_mm.expander import Expander
     from vicreg_mm.model import PretrainModel, TextTower
 
+    e = config.expander
+
+    def projection(num_features: int) -> Any:
+        return torch.nn.Linear(num_features, e.projection, bias=False) if e.projection else None
+
     def expander(num_features: int, wanted: bool) -> Expander | None:
-        e = config.expander
-        return Expander(num_features, e.widths, final=e.final, norm=e.norm) if wanted else None
+        return Expander(e.projection or num_features, e.widths, final=e.final, norm=e.norm) if wanted else None
 
     encoder = checkpoint.build_encoder(config)
     objective = build_objective(config, encoder.num_features)
     needs, text = objective.needs, None
+    expanded_texts = any(view in needs.texts for view in needs.views)
+    if e.projection and not expanded_texts:
+        raise ConfigError(
+            f"expander.projection {e.projection} has no effect: objective {config.objective.name} expands no texts; leave it out"
+        )
     image_expander = expander(encoder.num_features, wanted=any(view not in needs.texts for view in needs.views))
+    image_projection = projection(encoder.num_features)
     if needs.texts:
         t = config.text
         text_encoder = build_text(
             t.encoder, vocab_size=tokenizer.vocab_size, context=t.context, pad_id=tokenizer.pad_id, end_id=tokenizer.end_id,
             width=t.width, depth=t.depth, heads=t.heads,
         )  # fmt: skip
-        text = TextTower(text_encoder, expander(t.width, wanted=any(view in needs.texts for view in needs.views)))
+        text = TextTower(text_encoder, expander(t.width, expanded_texts), projection(t.width))
     joint = {"auto": None, "per_view": False, "per_resolution": True}[config.encoder.forward]
-    return PretrainModel(encoder, image_expander, objective, joint, config.expander.forward == "per_resolution", text)
+    return PretrainModel(encoder, image_expander, objective, joint, e.forward == "per_resolution", text, image_projection)
 
 
 @dataclasses.dataclass(frozen=True)

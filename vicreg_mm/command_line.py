@@ -33,7 +33,11 @@ def smoke_profile(config: RunConfig) -> RunConfig:
         text=dataclasses.replace(
             config.text, tokenizer="", context=16, width=64, depth=min(config.text.depth, 2), heads=min(config.text.heads, 2)
         ),
-        expander=dataclasses.replace(config.expander, widths=tuple(min(width, 256) for width in config.expander.widths)),
+        expander=dataclasses.replace(
+            config.expander,
+            widths=tuple(min(width, 256) for width in config.expander.widths),
+            projection=min(config.expander.projection, 64),
+        ),
         optim=optim,
         engine=dataclasses.replace(config.engine, precision="fp32"),
         checkpoint=dataclasses.replace(config.checkpoint, every_epochs=1.0, milestone_epochs=0),

@@ -28,7 +28,7 @@ class InputConfig:
     steps_per_epoch: int = 0
     """Length of an epoch in steps, for `resampled` only."""
     views: str = "document"
-    """Augmentation preset: document, official, paper, dino, cifar, digits."""
+    """Augmentation preset: document, official, paper, dino, crop, cifar, digits."""
     image_size: int = 224
     """Side of a global view in pixels."""
     global_scale: tuple[float, float] | None = None
@@ -99,6 +99,8 @@ class ExpanderConfig:
 
     widths: tuple[int, ...] = (8192, 8192, 8192)
     """Output width of every layer."""
+    projection: int = 0
+    """A linear layer before it, from images' and texts' features to this width, in which they can be compared and exported; 0: none."""
     final: Literal["linear", "bn_relu"] = "linear"
     """linear: no bias and nothing after it (paper, official code); bn_relu: BatchNorm and ReLU after it too (reference document)."""
     norm: Literal["batch", "layer"] = "batch"
@@ -249,7 +251,8 @@ POSITIVE = (
     "input.cache_gib", "monitor.log_every", "monitor.gauge_every", "checkpoint.keep",
 )  # fmt: skip
 NOT_NEGATIVE = (
-    "steps", "num_local", "optim.max_lr", "optim.weight_decay", "optim.momentum", "optim.warmup_epochs", "optim.clip", "input.workers",
+    "steps", "num_local", "expander.projection",
+    "optim.max_lr", "optim.weight_decay", "optim.momentum", "optim.warmup_epochs", "optim.clip", "input.workers",
     "input.steps_per_epoch", "encoder.layer_scale",
     "checkpoint.every_epochs", "checkpoint.every_steps", "checkpoint.milestone_epochs", "evaluation.limit",
 )  # fmt: skip

@@ -1,6 +1,7 @@
 """Encoder, expander and objective in the one module that DeepSpeed wraps: a batch of views -> loss, logs."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -10,6 +11,8 @@ from vicreg_mm import distributed, objectives
 from vicreg_mm.encoders import TextEncoder, VisionEncoder, build_vision
 from vicreg_mm.expander import Expander
 from vicreg_mm.objectives.graph import TEXT_PREFIX
+
+Output = Literal["expander", "encoder"]
 
 
 class Normalize(nn.Module):
@@ -33,14 +36,15 @@ def has_batchnorm(module: nn.Module) -> bool:
 
 
 class TextTower(nn.Module):
-    """The text encoder of a model and its expander; expander: None where the objective wants features alone."""
+    """The text encoder of a model and what stands behind it: `projection` and `expander` as in `PretrainModel`."""
 
     encoder: TextEncoder
 
-    def __init__(self, encoder: TextEncoder, expander: Expander | None):
+    def __init__(self, encoder: TextEncoder, expander: Expander | None, projection: nn.Linear | None = None):
         super().__init__()
         self.encoder = encoder
         self.expander = expander
+        self.projection = projection
 
 
 class PretrainModel(nn.Module):
@@ -49,6 +53,7 @@ class PretrainModel(nn.Module):
     joint: the encoder takes all views of one resolution in one forward instead of one view at a time; None: where it has no BatchNorm,
     whose statistics a joint batch would change. joint_expander: the same for the expander, whose BatchNorm then normalises the views of
     one resolution together. expander: None where the objective wants features alone. text: the text tower, where it wants texts.
+    projection: between encoder and expander, features -> [N, P], the width that images and texts have in common; None: there is none.
     """
 
     encoder: VisionEncoder
@@ -64,10 +69,12 @@ class PretrainModel(nn.Module):
         joint: bool | None = None,
         joint_expander: bool = False,
         text: TextTower | None = None,
+        projection: nn.Linear | None = None,
     ):
         super().__init__()
         self.encoder = encoder
         self.expander = expander
+        self.projection = projection
         self.objective = objective
         self.normalize = Normalize(encoder.mean, encoder.std)
         self.joint = not has_batchnorm(encoder) if joint is None else joint
@@ -125,28 +132,55 @@ class PretrainModel(nn.Module):
             groups = [members for group in resolutions if (members := [name for name in group if name in own])]
         embeddings: dict[str, Tensor] = {}
         for group in groups:
-            expander = self.text.expander if is_text(group[0]) and self.text is not None else self.expander
-            assert expander is not None
-            embeddings |= _apply(expander, {name: own[name] for name in group}, [group])
+            kind = "text" if is_text(group[0]) else "image"
+            embeddings |= _apply(partial(self._expanded, kind), {name: own[name] for name in group}, [group])
         return {name: embeddings[name] for name in own}
 
-    def embed_images(self, images: Tensor) -> Tensor:
-        """uint8 [n, 3, H, W] -> [n, D] in the space where images are compared with texts: the objective's own, else the expanders'."""
-        return self._compared("image", self._features(images))
+    def _tower(self, kind: str) -> "PretrainModel | TextTower":
+        """What holds the projection and the expander of a kind of views."""
+        return self if kind == "image" or self.text is None else self.text
 
-    def embed_texts(self, tokens: Tensor) -> Tensor:
+    def _projected(self, kind: str, features: Tensor) -> Tensor:
+        projection = self._tower(kind).projection
+        return features if projection is None else projection(features)
+
+    def _expanded(self, kind: str, features: Tensor) -> Tensor:
+        expander = self._tower(kind).expander
+        assert expander is not None
+        return expander(self._projected(kind, features))
+
+    def embed_images(self, images: Tensor, output: Output = "expander") -> Tensor:
+        """uint8 [n, 3, H, W] -> [n, D], to be compared with texts by the cosine.
+
+        output: "expander", the space in which the objective compares them; "encoder", the projected features, or where there is no
+        projection the features themselves. Raises ValueError where these have not the same width for images and texts.
+        """
+        return self._compared("image", self._features(images), output)
+
+    def embed_texts(self, tokens: Tensor, output: Output = "expander") -> Tensor:
         """int64 [n, context] -> [n, D] in the same space."""
         assert self.text is not None
-        return self._compared("text", self.text.encoder(tokens))
+        return self._compared("text", self.text.encoder(tokens), output)
 
-    def _compared(self, kind: str, features: Tensor) -> Tensor:
+    def _compared(self, kind: str, features: Tensor, output: Output) -> Tensor:
+        if output == "encoder":
+            self.check_common_width()
+            return self._projected(kind, features)
         projections = getattr(self.objective, "projections", None)
         if projections:
             return projections[kind](features)
-        expander = self.expander if kind == "image" or self.text is None else self.text.expander
-        assert expander is not None
         comparable = getattr(self.objective, "comparable", lambda kind, z: z)
-        return comparable(kind, expander(features))
+        return comparable(kind, self._expanded(kind, features))
+
+    def check_common_width(self) -> None:
+        """Raise ValueError unless what stands before the expanders has one width for images and texts."""
+        assert self.text is not None
+        if self.projection is None and self.encoder.num_features != self.text.encoder.num_features:
+            raise ValueError(
+                f"encoder '{self.encoder.name}' gives {self.encoder.num_features} features and the text encoder "
+                f"{self.text.encoder.num_features}, which cannot be compared; train with --expander.projection, or compare what the "
+                "expanders give"
+            )
 
     def forward(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """`batch`: an `input.batch.Batch`. Returns the loss and metrics by their name in metrics.jsonl."""

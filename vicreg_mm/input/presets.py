@@ -43,6 +43,8 @@ PRESETS: dict[str, Preset] = {
     "dino": Preset(
         tuple({**view, "scale": (0.4, 1.0)} for view in _OFFICIAL), ({**_COLOUR, "scale": (0.05, 0.4), "blur": 0.5, "solarize": 0.0},)
     ),
+    # VSE++ (arXiv:1707.05612): crop and flip alone. Local views as above.
+    "crop": _alike((0.08, 0.4), {"flip": 0.5}, {"flip": 0.5}),
     # vturrisi/solo-learn, scripts/pretrain/cifar/vicreg.yaml; the areas of local views are assumed.
     "cifar": _alike((0.08, 0.4), *({**_COLOUR, "scale": (0.2, 1.0), "solarize": 0.1},) * 2),
     # Scans of digits, light on dark: no flip, no colour. (assumed)

@@ -30,7 +30,7 @@ class Contrastive(nn.Module):
     """Projections, a learnt scale and open_clip's loss on the pairs of all ranks.
 
     loss: module (images [N, D], texts [N, D], scale[, bias]) -> scalar. scale: where exp(log_scale) starts. bias: where the bias
-    starts; None: the loss has none. Raises ValueError for widths that are not positive.
+    starts; None: the loss has none. Raises ValueError for widths and scales that are not positive.
     """
 
     def __init__(self, loss: nn.Module, image_features: int, text_features: int, width: int, scale: float, bias: float | None):
@@ -38,6 +38,8 @@ class Contrastive(nn.Module):
         for name, value in (("image_features", image_features), ("text_features", text_features), ("width", width)):
             if value < 1:
                 raise ValueError(f"{name} = {value}; a number of dimensions is needed")
+        if not 0 < scale <= MAX_SCALE:
+            raise ValueError(f"scale = {scale}; it must be above 0 and at most {MAX_SCALE:g}")
         self.loss = loss
         self.image_projection = nn.Linear(image_features, width, bias=False)
         self.text_projection = nn.Linear(text_features, width, bias=False)
@@ -86,8 +88,12 @@ def clip(image_features: int = 0, text_features: int = 0, width: int = 512) -> C
 
 
 @OBJECTIVES.register("siglip")
-def siglip(image_features: int = 0, text_features: int = 0, width: int = 512) -> Contrastive:
-    """A sigmoid for every pair of the batch (arXiv:2303.15343), on features of global_0 and text_0. Options as in `clip`."""
+def siglip(image_features: int = 0, text_features: int = 0, width: int = 512, scale: float = 10.0, bias: float = -10.0) -> Contrastive:
+    """A sigmoid for every pair of the batch (arXiv:2303.15343), on features of global_0 and text_0.
+
+    scale, bias: where s and b start. The paper's bias makes a match as rare as it is in its batch of 32,768, -log(32768) = -10.4; in a
+    batch of N, -log(N) does. The rest as in `clip`.
+    """
     from open_clip.loss import SigLipLoss
 
-    return Contrastive(SigLipLoss(), image_features, text_features, width, scale=10.0, bias=-10.0)
+    return Contrastive(SigLipLoss(), image_features, text_features, width, scale, bias)

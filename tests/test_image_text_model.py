@@ -1,0 +1,59 @@
+"""The towers of an image-text model, and the spaces in which their outputs are compared."""
+
+import pytest
+import torch
+from torch import nn
+
+from tests.distributed.test_image_text_ranks import text_config
+from vicreg_mm.assemble import build_model
+from vicreg_mm.config import ConfigError
+from vicreg_mm.input.tokenizers import build_tokenizer, pack
+
+
+def built(digits, name="crossmodal", **changes):
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer(digits["train"])
+    model = build_model(text_config(digits["train"], "", name, **changes), tokenizer).eval()
+    images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    tokens = torch.stack([torch.from_numpy(pack(tokenizer.encode(text), 12, tokenizer)) for text in ("a seven", "a one", "nine")])
+    return model, images, tokens
+
+
+def test_the_projections_stand_between_encoders_and_expanders(digits):
+    model, images, tokens = built(digits, expander__projection=24)
+    features = model.encoder(model.normalize(images)), model.text.encoder(tokens)
+    projected = [model.projection(features[0]), model.text.projection(features[1])]
+    assert [rows.shape for rows in projected] == [(3, 24)] * 2 and model.expander.num_features == model.text.expander.num_features == 24
+    assert model.projection.bias is None
+    torch.testing.assert_close(model.embed_images(images, "encoder"), projected[0])
+    torch.testing.assert_close(model.embed_texts(tokens, "encoder"), projected[1])
+    torch.testing.assert_close(model.embed_images(images), model.expander(projected[0]))
+    torch.testing.assert_close(model.embed_texts(tokens), model.text.expander(projected[1]))
+    embeddings = model.embed({"global_0": features[0], "global_1": features[0], "text_0": features[1], "text_1": features[1]})
+    torch.testing.assert_close(embeddings["global_1"], model.expander(projected[0]))
+    torch.testing.assert_close(embeddings["text_0"], model.text.expander(projected[1]))
+
+
+def test_features_of_two_widths_are_not_compared(digits):
+    model, images, tokens = built(digits)
+    width = model.encoder.num_features
+    assert model.projection is None and model.text.projection is None and width != 32
+    for embed, rows in ((model.embed_images, images), (model.embed_texts, tokens)):
+        with pytest.raises(ValueError, match=rf"gives {width} features and the text encoder 32, .* --expander.projection") as error:
+            embed(rows, "encoder")
+    assert "\n" not in str(error.value)
+    same, images, tokens = built(digits, text__width=width)
+    torch.testing.assert_close(same.embed_images(images, "encoder"), same.encoder(same.normalize(images)))
+    torch.testing.assert_close(same.embed_texts(tokens, "encoder"), same.text.encoder(tokens))
+
+
+def test_the_objectives_own_projections_are_its_space(digits):
+    model, images, tokens = built(digits, "clip")
+    assert isinstance(model.objective.image_projection, nn.Linear)
+    torch.testing.assert_close(model.embed_images(images), model.objective.image_projection(model.encoder(model.normalize(images))))
+    torch.testing.assert_close(model.embed_texts(tokens), model.objective.text_projection(model.text.encoder(tokens)))
+
+
+def test_a_projection_that_compares_nothing_is_refused(digits):
+    with pytest.raises(ConfigError, match=r"expander\.projection 24 has no effect: objective clip expands no texts; leave it out"):
+        built(digits, "clip", expander__projection=24)
