@@ -9,10 +9,11 @@
 Without shards: the built-in digits with made captions ("a scan of a handwritten seven"); it ends with zero-shot accuracy and retrieval
 on held-out digits beside chance.
 Source of every number: three losses of weight 1, image-image, text-text and image-text, and (25, 25, 1) from the reference document
-("VICReg for Multimodal Learning"); all four image-text pairs instead of the first alone, and the tokenizer's 16,384 pieces and context
-of 32: chosen here. The text transformer is CLIP's (512 wide, 12 deep, arXiv:2103.00020), AdamW's betas, too; rate 1e-3 at batch 1024, decay
-0.1 and 30 epochs are open_clip's for CC3M; crops of at least half the image are SLIP's (arXiv:2112.12750). A width of 4096 gives
-covariance the floor of the published VICReg setting at this batch, D / (N - 1) - 1 = 3.0.
+("VICReg for Multimodal Learning"); all four image-text pairs instead of the first alone, the tokenizer's 16,384 pieces, its context of
+32, and the projection to 512, in which images and texts can be compared and exported: chosen here. The text transformer is CLIP's (512
+wide, 12 deep, arXiv:2103.00020), AdamW's betas, too; rate 1e-3 at batch 1024, decay 0.1 and 30 epochs are open_clip's for CC3M; crops of
+at least half the image are SLIP's (arXiv:2112.12750). A width of 4096 gives covariance the floor of the published VICReg setting at this
+batch, D / (N - 1) - 1 = 3.0.
 Expected: not run yet on CC3M; the digits: recipes/LOG.md. A symmetric distance with regularisation of each modality is reported to fail
 at scale, where a predictor with a stopped gradient does not (arXiv:2607.00784): --objective.options.predictor.
 """
@@ -35,7 +36,7 @@ CONFIG = RunConfig(
     input=InputConfig(views="official", image_size=224, global_scale=(0.5, 1.0)),
     encoder=EncoderConfig(name="timm/vit_base_patch16_224"),
     text=TextConfig(views="default", context=32, encoder="transformer", width=512, depth=12, heads=8),
-    expander=ExpanderConfig(widths=(4096, 4096, 4096), final="linear"),
+    expander=ExpanderConfig(widths=(4096, 4096, 4096), final="linear", projection=512),
     objective=ObjectiveConfig(name="crossmodal", options={"pairs": "all"}),
     optim=OptimConfig(lr=1e-3, lr_batch=1024, weight_decay=0.1, betas=(0.9, 0.98), warmup_epochs=1, clip=1.0),
     engine=EngineConfig(precision="bf16", zero_stage=1),

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from tests.distributed.test_image_text_ranks import text_config
+from tests.tiny import tiny_config
 from vicreg_mm.assemble import build_model
 from vicreg_mm.config import ConfigError
 from vicreg_mm.input.tokenizers import build_tokenizer, pack
@@ -54,6 +55,8 @@ def test_the_objectives_own_projections_are_its_space(digits):
     torch.testing.assert_close(model.embed_texts(tokens), model.objective.text_projection(model.text.encoder(tokens)))
 
 
-def test_a_projection_that_compares_nothing_is_refused(digits):
-    with pytest.raises(ConfigError, match=r"expander\.projection 24 has no effect: objective clip expands no texts; leave it out"):
-        built(digits, "clip", expander__projection=24)
+def test_the_projection_goes_with_the_expanders(digits):
+    model, _, _ = built(digits, "clip", expander__projection=24)
+    assert model.projection is model.text.projection is model.expander is model.text.expander is None
+    with pytest.raises(ConfigError, match=r"^expander\.projection 24 has no effect: objective vicreg takes no texts; leave it out$"):
+        build_model(tiny_config(digits["train"], "", expander__projection=24))

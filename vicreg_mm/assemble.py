@@ -52,18 +52,19 @@ def build_model(config: RunConfig, tokenizer: Any = None) -> Any:
     e = config.expander
 
     def projection(num_features: int) -> Any:
-        return torch.nn.Linear(num_features, e.projection, bias=False) if e.projection else None
+        return torch.nn.Linear(num_features, e.projection, bias=False) if e.projection and expanded_texts else None
 
     def expander(num_features: int, wanted: bool) -> Expander | None:
-        return Expander(e.projection or num_features, e.widths, final=e.final, norm=e.norm) if wanted else None
+        width = e.projection if e.projection and expanded_texts else num_features
+        return Expander(width, e.widths, final=e.final, norm=e.norm) if wanted else None
 
     encoder = checkpoint.build_encoder(config)
     objective = build_objective(config, encoder.num_features)
     needs, text = objective.needs, None
     expanded_texts = any(view in needs.texts for view in needs.views)
-    if e.projection and not expanded_texts:
+    if e.projection and not needs.texts:
         raise ConfigError(
-            f"expander.projection {e.projection} has no effect: objective {config.objective.name} expands no texts; leave it out"
+            f"expander.projection {e.projection} has no effect: objective {config.objective.name} takes no texts; leave it out"
         )
     image_expander = expander(encoder.num_features, wanted=any(view not in needs.texts for view in needs.views))
     image_projection = projection(encoder.num_features)
