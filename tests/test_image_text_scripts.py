@@ -122,7 +122,7 @@ def test_everything_that_was_not_kept_is_counted_and_listed(tmp_path, capsys):
         "1 images have no caption",
         "1 captions that their image has already were dropped",
         "2 empty captions were dropped",
-        "1 captions were cut at 10,000 characters",
+        "1 captions were cut at 4,096 characters",
         "1 malformed captions were left out, listed in bad.json",
         "1 rows could not be read, listed in bad.json",
         f"2 bad images were left out, listed in {tmp_path / 'out' / 'bad.json'}; the first: b.jpg: no caption",

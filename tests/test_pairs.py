@@ -53,7 +53,7 @@ def test_what_becomes_of_every_caption_is_counted_and_what_cannot_be_read_is_lis
         "images have no caption": 2,
         "captions that their image has already were dropped": 1,
         "empty captions were dropped": 4,
-        "captions were cut at 10,000 characters": 1,
+        "captions were cut at 4,096 characters": 1,
         "malformed captions were left out, listed in bad.json": 2,
     }
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from vicreg_mm.input.records import MAX_CAPTION, RecordError, clean_caption, parse_record
+from vicreg_mm.input.tokenizers import build_tokenizer
 
 NASTY = [
     "a",
@@ -66,10 +67,23 @@ def test_captions_of_any_script_stay_as_they_are(text):
 
 
 @pytest.mark.parametrize(
-    "text", ["", " \n\t", "\u200b\u200c\u200d\u2060", "\ufeff", "\u00ad", "\u2800\u3164", "\x00\x01", "\u200f \ufe0f", " " * 200_000]
+    "text",
+    ["", " \n\t", "\u200b\u200c\u200d\u2060", "\ufeff", "\u00ad", "\u2800\u3164", "\x00\x01", "\u200f \ufe0f", "\U000e0041", " " * 200_000],
 )
 def test_what_shows_nothing_is_empty(text):
     assert clean_caption(text) == ""
+
+
+@pytest.mark.parametrize("text", ["\u0600", "\u06dd", "\u2581", "\ue000", "\ufffd", "\u200b.", "\u0301"])
+def test_what_shows_something_by_itself_is_a_caption(text):
+    """Some format characters are signs: U+0600 is the Arabic sign for a number."""
+    assert clean_caption(text) == text
+
+
+def test_a_caption_and_a_tokenizer_agree_on_what_shows_nothing_however_long_it_is():
+    tokenizer = build_tokenizer("open_clip")
+    for text in ("\u200b" * MAX_CAPTION + "dog", "\u200b" * (MAX_CAPTION - 3) + "dog", "\u00ad", "\u0600", "\u2800 \u3164", "\ufff9"):
+        assert bool(clean_caption(text)) == bool(tokenizer.encode(text)) == bool(tokenizer.encode(clean_caption(text)))
 
 
 def test_a_long_caption_is_cut_and_a_shorter_bound_can_be_asked_for():
@@ -86,8 +100,8 @@ def test_half_a_surrogate_pair_is_refused_and_a_byte_that_is_no_utf_8_named():
 
 def test_captions_of_a_record_are_cleaned_in_every_field():
     content = json.dumps({"captions": ["\ufeffone\u0000", "two\nlines", "\u200b", "x" * 20_000]})
-    _, _, captions = parse_record({"txt": b"\xef\xbb\xbfone\r\n", "json": b"\xef\xbb\xbf" + content.encode()}, "here")
-    assert captions == ("one", "two lines", "x" * MAX_CAPTION)
+    _, _, captions, num_blank = parse_record({"txt": b"\xef\xbb\xbfone\r\n", "json": b"\xef\xbb\xbf" + content.encode()}, "here")
+    assert captions == ("one", "two lines", "x" * MAX_CAPTION) and num_blank == 1
 
 
 @pytest.mark.parametrize(

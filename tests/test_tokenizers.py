@@ -21,6 +21,7 @@ import sentencepiece
 
 from tests.shard_makers import jpeg, write_set
 from vicreg_mm.input import tokenizers
+from vicreg_mm.input.records import is_visible
 from vicreg_mm.input.shards import write_index
 from vicreg_mm.input.tokenizers import (
     ClipTokenizer,
@@ -162,9 +163,9 @@ def test_every_space_and_control_character_is_invisible_and_no_letter_sign_or_nu
     for point in range(sys.maxunicode + 1):
         kind = unicodedata.category(chr(point))
         if kind in ("Cc", "Zs", "Zl", "Zp"):
-            assert not tokenizers._readable(chr(point))
+            assert not is_visible(chr(point))
         elif kind[0] in "LNPS" and chr(point) not in fillers:
-            assert tokenizers._readable(chr(point))
+            assert is_visible(chr(point))
 
 
 def test_no_text_raises_and_no_text_gives_a_special_id(tokenizer):
@@ -185,8 +186,8 @@ def test_halves_of_a_surrogate_pair_are_joined_and_a_lone_one_is_replaced(tokeni
 
 def test_a_text_of_100_kilobytes_is_cut_to_its_first_characters(tokenizer):
     text = "a scan of a handwritten seven, " * 4000
-    assert tokenizer.encode(text) == tokenizer.encode(text[: tokenizers.MAX_CHARACTERS])
-    assert len(tokenizer.encode("x" * 100_000)) <= tokenizers.MAX_CHARACTERS + 1  # one for the space in front
+    assert tokenizer.encode(text) == tokenizer.encode(text[: tokenizers.MAX_CAPTION])
+    assert len(tokenizer.encode("x" * 100_000)) <= tokenizers.MAX_CAPTION + 1  # one for the space in front
 
 
 def test_the_words_that_open_clip_remembers_are_bounded(monkeypatch):

@@ -273,10 +273,10 @@ class Reader:
                 if len(data) != size:
                     raise _stale(self.index.root, f"shard '{self.index.shards[shard].name}' ends before byte {offset + size}")
         where = f"shard '{self.index.shards[shard].name}' row {row_in_shard}"
-        image, label, captions = parse_record(members, where)
+        image, label, captions, num_blank = parse_record(members, where)
         if image is None and self.index.has_images:
             raise RecordError(f"{where}: missing image ({', '.join(IMAGE_FIELDS)})")
-        return Sample(row, shard, row_in_shard, image, label, captions)
+        return Sample(row, shard, row_in_shard, image, label, captions, num_blank)
 
     def close(self) -> None:
         """Close all handles; a later read opens what it needs."""

@@ -163,7 +163,7 @@ class ResampledLoader:
             where = f"shard '{record['__url__']}' key '{record['__key__']}'"
             try:
                 members = {field: data for field, data in record.items() if isinstance(data, bytes)}
-                image, label, captions = parse_record(members, where)
+                image, label, captions, _ = parse_record(members, where)
                 if image is None:
                     raise RecordError(f"{where}: missing image")
                 key = (self.seed, position.epoch, position.step, self.rank * self.share + number)

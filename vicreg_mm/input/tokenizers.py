@@ -17,21 +17,16 @@ from typing import Any, ClassVar
 import numpy as np
 import sentencepiece
 
+from vicreg_mm.input.records import MAX_CAPTION, is_visible
 from vicreg_mm.input.shard_cache import is_remote, pieces
 
 MODEL_FILE = "tokenizer.model"
 MODEL_TYPES = ("unigram", "bpe")
 MASK_PIECE = "<mask>"
 NUM_SPECIAL = 5  # pad, unknown, start, end, mask: ids 0 to 4 of a model that is trained here
-MAX_CHARACTERS = 4096  # (assumed) ten times a long caption; (measured: one unbroken word of so many costs open_clip's BPE 0.35 s)
 MAX_CACHED_WORDS = 1 << 15  # (assumed) some 10 MB in each process
 MIN_CONTEXT = 3  # start, one id, end
 
-# whitespace, control characters, the Braille blank and Default_Ignorable_Code_Point of Unicode 15 (DerivedCoreProperties.txt)
-_INVISIBLE = re.compile(
-    "[\\s\x00-\x1f\x7f-\x9f\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u2800\u3164"
-    "\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]*"
-)
 _RESERVED = re.compile("[\u2581\u2585]+")  # sentencepiece's signs for a space and for the unknown; it drops a caption with the latter
 
 _SETTINGS: dict[str, Any] = {
@@ -44,7 +39,7 @@ _SETTINGS: dict[str, Any] = {
     "character_coverage": 0.9995,
     "required_chars": "\u2581",  # the space: else three bytes where captions are so long and unbroken that it is rare
     "hard_vocab_limit": False,
-    "max_sentence_length": 4 * MAX_CHARACTERS,  # bytes; longer ones would be dropped without a word
+    "max_sentence_length": 4 * MAX_CAPTION,  # bytes; longer ones would be dropped without a word
     "num_threads": 1,  # scores of a unigram model and the settings in the file depend on it
     "minloglevel": 2,
 }
@@ -70,7 +65,7 @@ class Tokenizer(ABC):
     def encode(self, text: str) -> list[int]:
         """Ids of the text alone, no special ones; [] where there is nothing to see (no character, or only invisible ones).
 
-        Takes any str. Only the first MAX_CHARACTERS = 4,096 characters are looked at, so that no text costs more than that many.
+        Takes any str. Only the first MAX_CAPTION = 4,096 characters are looked at, so that no text costs more than that many.
         """
         text = _readable(text)
         return self._ids(text) if text else []
@@ -175,12 +170,12 @@ def _clip_fingerprint() -> str:
 
 def _readable(text: str) -> str:
     """The part of a text that is encoded, as valid Unicode; "" where there is nothing to see."""
-    text = text[:MAX_CHARACTERS]
+    text = text[:MAX_CAPTION]
     try:
         text.encode()
     except UnicodeEncodeError:  # JSON may escape half of a surrogate pair
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return "" if _INVISIBLE.fullmatch(text) else text
+    return text if is_visible(text) else ""
 
 
 def deserialize(data: bytes) -> Tokenizer:
@@ -263,7 +258,7 @@ def train_sentencepiece(captions: Iterable[str], vocab_size: int = 16384, model_
         raise ValueError(f"unknown model_type '{model_type}'; known: {', '.join(MODEL_TYPES)}")
     if vocab_size <= NUM_SPECIAL + 256:
         raise ValueError(f"vocab_size {vocab_size} is too small: 256 bytes, {NUM_SPECIAL} special ids and characters need more")
-    lines = [line for caption in captions if (line := _readable(_RESERVED.sub(" ", caption[:MAX_CHARACTERS])))]
+    lines = [line for caption in captions if (line := _readable(_RESERVED.sub(" ", caption[:MAX_CAPTION])))]
     if not lines:
         raise ValueError("no captions to train a tokenizer on")
     written = io.BytesIO()
