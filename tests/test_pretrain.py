@@ -165,7 +165,7 @@ def test_gauges_and_gradient_norms_belong_to_their_step(outcomes):
         ("option", "unknown option of objective 'vicreg' 'lamda'; known: convention, lambda_, mu"),
         ("fp16", "fp16 needs a GPU"),
         ("warm-up", "the warm-up of 460 steps is not shorter than the run of 3; lower --optim.warmup_epochs"),
-        ("word", "objective vicreg with options {'mu': 'much'}"),
+        ("word", "objective 'vicreg': option mu = 'much'; it takes float"),
         ("local cache", "has no effect: the shards are local files"),
         (
             "no crops",

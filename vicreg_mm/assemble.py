@@ -22,10 +22,7 @@ def build_objective(config: RunConfig, image_features: int) -> Any:
     }
     taken = objectives.options(config.objective.name)
     options = {**{option: value for option, value in known.items() if option in taken}, **config.objective.options}
-    try:
-        return objectives.build(config.objective.name, **options)
-    except TypeError as error:  # a word where a number belongs
-        raise ConfigError(f"objective {config.objective.name} with options {options}: {error}") from error
+    return objectives.build(config.objective.name, **options)
 
 
 def needs_of(config: RunConfig) -> Any:

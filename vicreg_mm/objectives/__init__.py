@@ -3,7 +3,28 @@
     objective = vicreg_mm.objectives.build("vicreg", convention="official")
     loss, terms, logs = objective({"global_0": z0, "global_1": z1})
 
-Another package offers its own through the entry-point group `vicreg_mm.objectives`.
+An objective of one's own is a builder under a name, by `@register("name")` or, from another package, by an entry point of the group
+`vicreg_mm.objectives` (`name = "package.module:builder"`). The contract, which `build` checks:
+
+Builder. A function or class whose keyword options are annotated and have defaults; a run gives `--objective.options.NAME VALUE`, checked
+by the annotation. Options called num_local, embedding_dim (D), image_features and text_features (the widths F of the encoders' features)
+are set by the run where a user doesn't. `vicreg-mm objectives` shows the first line of its docstring and its sentences `option: meaning.`
+
+Objective. An nn.Module with
+- `needs: Needs`: in `views` the views whose embeddings it takes, in `features` those whose features it takes. global_0, global_1 are the
+  large crops, local_0 .. the small ones, text_0, text_1 the texts. A run stops before its first step if its data does not offer
+  them. A kind of views (images, texts) of which only features are needed gets no expander.
+- `forward(embeddings, context=None) -> ObjectiveOutput(loss, terms, logs)`. embeddings: view -> [n, D], this rank's rows, at least the
+  views of `needs.views`; n may differ between ranks and be 0. context: a dict, or None where nothing is to be said, with
+      "features"      view -> [n, F], the views of `needs.features`
+      "row_weights"   view -> [n], where an image stands several times in the global batch: 1 / how often; missing: 1 each
+  loss: the scalar to minimise. terms: the scalars that it is made of, logged as loss/NAME. logs: detached scalars, logged as
+  stats/NAME, or as loss/NAME where the part of NAME before a "/" is a term's. Statistics of the batch belong to all ranks:
+  `gathered_rows(z)` gives everyone's rows, with the gradient that data parallelism, which averages over ranks, then makes exact.
+- and where it wants to: parameters and buffers of its own, which are trained, saved and resumed (no parameter without dimensions: shape
+  (1,)); `after_step(progress)`, called after each optimizer step with the share of training done, from 0 to 1; `gamma`, the
+  standard deviation that it asks for (1), which warnings of collapse are measured by; `projections`, {"image": module, "text": module}
+  from features, or `comparable(kind, z)` from embeddings, to rows whose cosine says how well image and text fit.
 """
 
 from collections.abc import Callable
@@ -11,25 +32,30 @@ from typing import Any
 
 from torch import nn
 
+from vicreg_mm.builder_options import Option
+from vicreg_mm.objectives.contract import check_objective
+from vicreg_mm.objectives.gathering import gathered_rows as gathered_rows
+from vicreg_mm.objectives.graph import Needs as Needs
+from vicreg_mm.objectives.graph import ObjectiveOutput as ObjectiveOutput
 from vicreg_mm.registry import Registry, unknown_name
 
 OBJECTIVES = Registry("objective", group="vicreg_mm.objectives")
 
 
 def names() -> list[str]:
-    """All registered objectives, sorted."""
+    """All registered objectives, sorted. Warns of installed packages whose objectives cannot be imported."""
     return OBJECTIVES.names()
 
 
-def build(name: str, **options: Any) -> nn.Module:
-    """The objective `name`; raises ValueError with the known names, or with the options that it takes.
+def build(name: str, /, **options: Any) -> nn.Module:
+    """The objective `name`; raises ValueError with the known names, or with the options that it takes and their types.
 
     "a+b" is the sum of the objectives a and b. There, `a.OPTION` is an option of a, OPTION one of every part that takes it, and
     `a.weight` what a is multiplied by (1).
     """
     parts = name.split("+")
     if len(parts) == 1:
-        return OBJECTIVES.build(name, **options)
+        return check_objective(name, OBJECTIVES.build(name, **options))
     from vicreg_mm.objectives.sums import SumObjective
 
     if len(set(parts)) < len(parts):
@@ -39,6 +65,7 @@ def build(name: str, **options: Any) -> nn.Module:
     for option, value in options.items():
         part, dot, inner = option.partition(".")
         if dot and part in own and inner == "weight":
+            Option(option, float, 1.0).check(f"objective '{name}'", value)
             weights[part] = value
         elif dot and part in own:
             own[part][inner] = value
@@ -47,7 +74,7 @@ def build(name: str, **options: Any) -> nn.Module:
                 own[taker].setdefault(option, value)
         else:
             raise unknown_name(f"option of objective '{name}'", option, sorted({o for part in parts for o in OBJECTIVES.options(part)}))
-    return SumObjective({part: OBJECTIVES.build(part, **own[part]) for part in parts}, weights)
+    return SumObjective({part: check_objective(part, OBJECTIVES.build(part, **own[part])) for part in parts}, weights)
 
 
 def options(name: str) -> frozenset[str]:
@@ -61,6 +88,7 @@ def register(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 
 # each module registers its builder; they import OBJECTIVES from here, so they come last
+from vicreg_mm.objectives import adaptive as adaptive  # noqa: E402
 from vicreg_mm.objectives import contrastive as contrastive  # noqa: E402
 from vicreg_mm.objectives import crossmodal as crossmodal  # noqa: E402
 from vicreg_mm.objectives import multicrop as multicrop  # noqa: E402
