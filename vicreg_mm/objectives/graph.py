@@ -22,10 +22,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from vicreg_mm.objectives.embeddings import COLLAPSED_BELOW, needed
 from vicreg_mm.objectives.terms import Terms, global_terms, invariances
 
 TEXT_PREFIX = "text_"  # what the names of text views begin with
-COLLAPSED_BELOW = 0.1  # of gamma: a dimension with a smaller standard deviation counts as collapsed (the metric's definition)
 
 
 @dataclass(frozen=True)
@@ -173,10 +173,7 @@ class GraphObjective(nn.Module):
         context: {"row_weights": {view: [n]}}, where rows stand several times in the batch.
         Raises ValueError if a view is missing, if shapes disagree, or if the batch of all ranks has fewer than 2 rows.
         """
-        missing = [view for view in self.needs.views if view not in embeddings]
-        if missing:
-            needed, given = ", ".join(self.needs.views), ", ".join(embeddings) or "none"
-            raise ValueError(f"no embeddings of {', '.join(missing)}: the objective needs {needed}; given {given}")
+        embeddings = needed(self.needs.views, embeddings)
         dimensions = {view: embeddings[view].shape[-1] for view in self.needs.views}
         if len(set(dimensions.values())) > 1:
             raise ValueError(f"the views differ in dimensions: {', '.join(f'{view} {d}' for view, d in dimensions.items())}")

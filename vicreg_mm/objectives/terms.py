@@ -45,6 +45,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vicreg_mm import distributed
+from vicreg_mm.objectives.embeddings import check_shapes, stacked_weights, working_dtype
 from vicreg_mm.objectives.moments import Moments, centred, chunks, moments_by_columns, moments_by_rows, squared_distance
 from vicreg_mm.objectives.precision import full_precision
 
@@ -140,7 +141,7 @@ def _invariances(plan: _Plan, views: Sequence[Tensor]) -> Tensor:
 
 def _moments(plan: _Plan, views: Sequence[Tensor], weights: Tensor | None, total: Tensor, counts: list[int]) -> Moments:
     """The layout with the smaller matrix; zeros where no moments are wanted."""
-    dtype = torch.float64 if any(z.dtype is torch.float64 for z in views) else torch.float32
+    dtype = working_dtype(views)
     num_dimensions = views[0].shape[1]
     if not plan.variance:
         zeros = torch.zeros(len(views), num_dimensions, dtype=dtype, device=total.device)
@@ -170,30 +171,6 @@ def _add_invariance_gradient(grad: Tensor, v: int, views: Sequence[Tensor], edge
                 grad[chunk] += (views[v][chunk].to(grad.dtype) - other[chunk]).mul_(factors[e])
 
 
-def _checked(embeddings: Mapping[str, Tensor]) -> None:
-    first, reference = next(iter(embeddings.items()))
-    for name, z in embeddings.items():
-        if z.ndim != 2:
-            raise ValueError(f"view '{name}' has shape {list(z.shape)}; embeddings must be [N, D]")
-        if not z.is_floating_point():
-            raise ValueError(f"view '{name}' has dtype {z.dtype}; embeddings must be floating-point")
-        if z.shape != reference.shape:
-            raise ValueError(f"view '{name}' has shape {list(z.shape)}, but view '{first}' has {list(reference.shape)}; they must agree")
-
-
-def _stacked_weights(embeddings: Mapping[str, Tensor], row_weights: Mapping[str, Tensor] | None) -> Tensor | None:
-    """[V, n] in float64, ones for the views without; None where no view has any."""
-    if not row_weights:
-        return None
-    for name, weights in row_weights.items():
-        if name not in embeddings:
-            raise ValueError(f"row weights for unknown view '{name}'; known: {', '.join(embeddings)}")
-        if weights.shape != embeddings[name].shape[:1]:
-            raise ValueError(f"row weights of view '{name}' have shape {list(weights.shape)}; expected [{embeddings[name].shape[0]}]")
-    ones = next(iter(row_weights.values())).new_ones(len(next(iter(embeddings.values()))))
-    return torch.stack([row_weights.get(view, ones).detach().to(torch.float64) for view in embeddings])
-
-
 def global_terms(
     embeddings: Mapping[str, Tensor],
     edges: Sequence[tuple[str, str]],
@@ -211,10 +188,10 @@ def global_terms(
     by the number of ranks, since data-parallel wrappers average.
     Raises ValueError if views disagree in shape, or if the global batch has fewer than 2 rows.
     """
-    _checked(embeddings)
+    check_shapes(embeddings)
     order = {name: v for v, name in enumerate(embeddings)}
     plan = _Plan(tuple((order[a], order[b]) for a, b in edges), gamma, eps, correction)
-    return Terms(*_GlobalTerms.apply(plan, _stacked_weights(embeddings, row_weights), *embeddings.values()))
+    return Terms(*_GlobalTerms.apply(plan, stacked_weights(embeddings, row_weights), *embeddings.values()))
 
 
 def invariance(a: Tensor, b: Tensor) -> Tensor:
@@ -229,7 +206,7 @@ def invariance(a: Tensor, b: Tensor) -> Tensor:
 def invariances(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     """`invariance` of several pairs, in one collective: [E]. Raises ValueError if shapes disagree."""
     views = {f"{end} of pair {k}": z for k, pair in enumerate(pairs) for end, z in zip(("a", "b"), pair, strict=True)}
-    _checked(views)
+    check_shapes(views)
     plan = _Plan(tuple((2 * k, 2 * k + 1) for k in range(len(pairs))), variance=False, covariance=False)
     return Terms(*_GlobalTerms.apply(plan, None, *views.values())).invariance
 
@@ -242,7 +219,7 @@ def variance(z: Tensor, gamma: float = 1.0, eps: float = 1e-4) -> Tensor:
     Raises ValueError if the global batch has fewer than 2 rows: the variance of one sample is undefined.
     Source: VICReg (arXiv:2105.04906), eq. 1-2.
     """
-    _checked({"z": z})
+    check_shapes({"z": z})
     return Terms(*_GlobalTerms.apply(_Plan((), gamma, eps, covariance=False), None, z)).variance[0]
 
 
@@ -254,5 +231,5 @@ def covariance(z: Tensor) -> Tensor:
     Raises ValueError if the global batch has fewer than 2 rows.
     Source: VICReg (arXiv:2105.04906), eq. 3-4.
     """
-    _checked({"z": z})
+    check_shapes({"z": z})
     return Terms(*_GlobalTerms.apply(_Plan(()), None, z)).covariance[0]

@@ -1,0 +1,121 @@
+"""The objectives that VICReg is compared with: several ranks give the loss and the gradient of one process on the joined batch."""
+
+from unittest import mock
+
+import pytest
+import torch
+
+from tests.oracle import relative_error
+from vicreg_mm import distributed, objectives
+
+from .ranks import run_ranks
+from .test_objective_ranks import COLLECTIVES, LAYOUTS, TOLERANCE, own
+
+CASES = {
+    "barlow_twins, N < D": ("barlow_twins", {}, 40),
+    "barlow_twins, N = D": ("barlow_twins", {}, 24),
+    "barlow_twins, N > D": ("barlow_twins", {}, 10),
+    "simclr": ("simclr", {}, 10),
+    "sigreg": ("sigreg", {"num_slices": 32, "lambda_": 0.5}, 10),
+    "sigreg, local views": ("sigreg", {"num_slices": 32, "num_local": 2}, 10),
+}
+WEIGHTED = ("barlow_twins, N < D", "barlow_twins, N > D", "sigreg, local views")
+
+
+def batch(objective, d):
+    generator = torch.Generator().manual_seed(d)
+    base = 1 + torch.randn(24, d, generator=generator, dtype=torch.float64)
+    return {view: base + 0.5 * torch.randn(24, d, generator=generator, dtype=torch.float64) for view in objective.needs.views}
+
+
+def score(case, counts, dtype, weighted=False):
+    """The loss, the gradients of this rank's rows, the logs; the backward pass may not communicate."""
+    name, options, d = CASES[case]
+    objective = objectives.build(name, **options)
+    views = {view: own(z.to(dtype), counts) for view, z in batch(objective, d).items()}
+    weights = own(torch.linspace(0.2, 1.5, 24, dtype=torch.float64), counts).detach()
+    torch.manual_seed(distributed.rank())  # as the engine does: ranks draw different numbers
+    out = objective(views, {"row_weights": dict.fromkeys(views, weights)} if weighted else None)
+    forbidden = mock.Mock(side_effect=AssertionError("a collective in the backward pass"))
+    with mock.patch.multiple(torch.distributed, **dict.fromkeys(COLLECTIVES, forbidden)):
+        out.loss.backward()
+    return out.loss.detach(), [z.grad for z in views.values()], out.logs
+
+
+def parameter_gradient(case, counts):
+    """The loss and the gradient of a linear layer's weight, averaged over ranks as a data-parallel wrapper does."""
+    name, options, d = CASES[case]
+    objective = objectives.build(name, **options)
+    layer = torch.nn.Linear(d, 20, bias=False, dtype=torch.float64)
+    with torch.no_grad():
+        layer.weight.copy_(torch.linspace(-1, 1, 20 * d, dtype=torch.float64).sin().view(20, d))
+    loss = objective({view: layer(own(z, counts)) for view, z in batch(objective, d).items()}).loss
+    loss.backward()
+    return loss.detach(), distributed.sum_over_ranks(layer.weight.grad) / distributed.world_size()
+
+
+def too_few(name):
+    """One row on rank 0 and none elsewhere: the message on every rank."""
+    rows = torch.ones(1 if distributed.rank() == 0 else 0, 4)
+    with pytest.raises(ValueError) as error:
+        objectives.build(name)({"global_0": rows, "global_1": rows})
+    return str(error.value)
+
+
+def later_slices():
+    """The slices of the second step, drawn by a rank whose own random state is another than the others'."""
+    torch.manual_seed(distributed.rank())
+    objective = objectives.build("sigreg", num_slices=3)
+    objective.after_step(0.5)
+    return objective.slices(5, torch.device("cpu"))
+
+
+def everything(counts):
+    results = {("score", case, dtype, False): score(case, counts, dtype) for case in CASES for dtype in TOLERANCE}
+    results |= {("score", case, torch.float64, True): score(case, counts, torch.float64, weighted=True) for case in WEIGHTED}
+    results |= {("parameters", case): parameter_gradient(case, counts) for case in CASES}
+    results |= {("too few", name): too_few(name) for name in ("barlow_twins", "simclr", "sigreg")}
+    return results | {"slices": later_slices()}
+
+
+@pytest.fixture(scope="module", params=LAYOUTS.values(), ids=LAYOUTS)
+def on_ranks(request):
+    """What every rank computed, one group of processes per layout."""
+    return run_ranks(everything, len(request.param), request.param)
+
+
+SCORED = [(case, dtype, False) for case in CASES for dtype in TOLERANCE] + [(case, torch.float64, True) for case in WEIGHTED]
+
+
+@pytest.mark.parametrize(("case", "dtype", "weighted"), SCORED, ids=lambda value: "weighted" if value is True else str(value))
+def test_value_and_averaged_gradient_are_those_of_one_process(on_ranks, case, dtype, weighted):
+    loss, gradients, logs = score(case, (24,), dtype, weighted)
+    results = [rank["score", case, dtype, weighted] for rank in on_ranks]
+    assert all(found == results[0][0] for found, *_ in results)
+    assert relative_error(results[0][0], loss) <= TOLERANCE[dtype]
+    for v, gradient in enumerate(gradients):
+        joined = torch.cat([found[1][v] for found in results]) / len(on_ranks)
+        assert relative_error(joined, gradient) <= TOLERANCE[dtype]
+    for *_, found in results:
+        assert found.keys() == logs.keys()
+        for name, value in logs.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_averaged_parameter_gradients_are_those_of_one_process(on_ranks, case):
+    loss, gradient = parameter_gradient(case, (24,))
+    for rank in on_ranks:
+        found, averaged = rank["parameters", case]
+        assert relative_error(found, loss) <= 1e-12
+        assert relative_error(averaged, gradient) <= 1e-10
+
+
+@pytest.mark.parametrize("name", ["barlow_twins", "simclr", "sigreg"])
+def test_a_global_batch_of_one_row_is_an_error_on_every_rank(on_ranks, name):
+    (message,) = {rank["too few", name] for rank in on_ranks}
+    assert message.startswith("the global batch has 1 row; ")
+
+
+def test_all_ranks_take_the_same_slices(on_ranks):
+    assert all(torch.equal(rank["slices"], later_slices()) for rank in on_ranks)
