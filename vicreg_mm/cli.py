@@ -17,14 +17,10 @@ def _shards(arguments: list[str]) -> None:
 
 
 def _objectives(arguments: list[str]) -> None:
-    """objectives                  list the registered objectives with their options and defaults"""
-    import inspect
+    """objectives [NAME]           list the objectives with what they need and their options; of one, what the options mean"""
+    from vicreg_mm import list_objectives
 
-    from vicreg_mm import objectives
-
-    for name in objectives.names():
-        builder = objectives.OBJECTIVES.builder(name)
-        print(f"{name}{inspect.signature(builder)}\n    {(inspect.getdoc(builder) or '').splitlines()[0]}")
+    list_objectives.main(arguments)
 
 
 def _views(arguments: list[str]) -> None:
