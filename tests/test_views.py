@@ -13,7 +13,7 @@ from scipy.stats import kstest
 from sklearn.datasets import load_sample_image
 
 from vicreg_mm.config import InputConfig, RunConfig
-from vicreg_mm.input.geometry import BOX_DRAWS, Affine, Geometry, apply_geometry, resize, sample_box, warp
+from vicreg_mm.input.geometry import BOX_DRAWS, Affine, Geometry, apply_geometry, resize, sample_box, view_to_image, warp
 from vicreg_mm.input.presets import PRESETS, build_policy, policy_of
 from vicreg_mm.input.views import EvalTransform, ViewPolicy, ViewSpec
 
@@ -82,6 +82,30 @@ def test_boxes_have_the_distribution_of_random_resized_crop(height, width, scale
 @pytest.mark.parametrize("height, width, box", [(10, 400, (0, 193, 10, 13)), (400, 10, (193, 0, 13, 10)), (20, 20, (0, 0, 20, 20))])
 def test_the_fall_back_is_the_largest_centred_box_within_the_ratio(height, width, box):
     assert sample_box(height, width, (1.5, 1.6), (3 / 4, 4 / 3), [0.5] * BOX_DRAWS) == box
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("affine", [None, Affine(20.0, (0.06, -0.04), 1.2, 8.0)])
+def test_a_point_of_a_view_shows_the_point_of_the_image_that_its_box_says(flip, affine):
+    """On an image whose red is x and whose green is y: colours are coordinates, to the rounding of colours and of bilinear reads."""
+    y, x = np.mgrid[:200, :250]
+    image = np.stack([x, y, np.full_like(x, 255)], -1).astype(np.uint8)
+    geometry = Geometry((50, 70, 80, 110), flip, affine)
+    view = apply_geometry(image, geometry, 40).astype(float)
+    matrix = view_to_image(geometry, 200, 250)
+    rows, columns = np.mgrid[4:36, 4:36]
+    assert (view[rows, columns, 2] == 255).all()  # all of it lies in the image
+    found = matrix @ np.stack([(columns.ravel() + 0.5) / 40, (rows.ravel() + 0.5) / 40, np.ones(32 * 32)])
+    np.testing.assert_allclose(found[0], view[rows, columns, 0].ravel() + 0.5, atol=1.01)
+    np.testing.assert_allclose(found[1], view[rows, columns, 1].ravel() + 0.5, atol=1.01)
+    assert abs(found[0] - view[rows, columns, 0].ravel() - 0.5).mean() < 0.4
+
+
+def test_the_boxes_of_a_policy_are_those_of_the_views_that_it_makes():
+    policy = build_policy("digits", 32, num_local=1, local_size=16)
+    boxes, sampled = policy.boxes(300, 400, KEY), policy.sample(300, 400, KEY)
+    assert list(boxes) == ["global_0", "global_1", "local_0"]
+    assert all((boxes[name] == view_to_image(geometry, 300, 400)).all() for name, (geometry, _) in sampled.items())
 
 
 # Randomness

@@ -90,6 +90,23 @@ def affine_matrix(affine: Affine, height: int, width: int) -> np.ndarray:
     return np.column_stack([linear, offset])
 
 
+def view_to_image(geometry: Geometry, height: int, width: int) -> np.ndarray:
+    """[2, 3]: the affine map from a view, whose sides are 1, to the image [height, width] that it was cut out of.
+
+    (x, y, 1) with x to the right and y down in the view as the network sees it, flipped or not -> pixels from the image's top left edge, as
+    it was before the affine map; outside of the image where that map brought in what was not there.
+    """
+    top, left, h, w = geometry.box
+    matrix = np.array([[-w, 0.0, left + w] if geometry.flip else [w, 0.0, left], [0.0, h, top]])
+    if geometry.affine is not None:
+        # its matrix counts from the centre of the first pixel, half a pixel from the edge
+        forward = affine_matrix(geometry.affine, height, width)
+        matrix[:, 2] -= 0.5 + forward[:, 2]
+        matrix = np.linalg.solve(forward[:, :2], matrix)
+        matrix[:, 2] += 0.5
+    return matrix
+
+
 def warp(image: np.ndarray, affine: Affine) -> np.ndarray:
     """`image` [H, W, 3] mapped by `affine`, bilinear, black where nothing was."""
     height, width = image.shape[:2]

@@ -3,12 +3,13 @@
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from vicreg_mm.input.geometry import Geometry, affine_matrix
+from vicreg_mm.input.geometry import Geometry, view_to_image
 from vicreg_mm.input.photometry import Photometry
 from vicreg_mm.input.views import ViewPolicy
 
@@ -57,13 +58,8 @@ def outline(geometry: Geometry, height: int, width: int) -> np.ndarray:
 
     In pixels from the image's top left edge; outside of the image where the map brought in what was not there.
     """
-    top, left, h, w = geometry.box
-    corners = np.array([(left, top), (left + w, top), (left + w, top + h), (left, top + h)], float)
-    if geometry.affine is None:
-        return corners
-    matrix = affine_matrix(geometry.affine, height, width)
-    # the matrix counts from the centre of the first pixel, half a pixel from the edge
-    return np.linalg.solve(matrix[:, :2], (corners - 0.5 - matrix[:, 2]).T).T + 0.5
+    corners = np.array([(0, 0, 1), (1, 0, 1), (1, 1, 1), (0, 1, 1)])
+    return corners @ view_to_image(replace(geometry, flip=False), height, width).T
 
 
 def _original(sample: Picture, policy: ViewPolicy) -> Image.Image:

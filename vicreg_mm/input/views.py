@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 
 from vicreg_mm.input.decode import BadImage, decode
-from vicreg_mm.input.geometry import BOX_DRAWS, Affine, Geometry, apply_geometry, resize, sample_box
+from vicreg_mm.input.geometry import BOX_DRAWS, Affine, Geometry, apply_geometry, resize, sample_box, view_to_image
 from vicreg_mm.input.photometry import JITTER, Photometry, apply_photometry
 
 __all__ = ["BadImage", "EvalTransform", "ViewPolicy", "ViewSpec", "decode"]
@@ -187,6 +187,10 @@ class ViewPolicy:
     def sample(self, height: int, width: int, key: tuple[int, ...]) -> dict[str, tuple[Geometry, Photometry]]:
         """By view name, what becomes of an image of this height and width that stands at `key` = (seed, epoch, shard, row)."""
         return {spec.name: spec.sample(height, width, _draw(key, view)) for view, spec in enumerate(self.views)}
+
+    def boxes(self, height: int, width: int, key: tuple[int, ...]) -> dict[str, np.ndarray]:
+        """By view name, `geometry.view_to_image` [2, 3] of the views that an image of this height and width has at `key`."""
+        return {name: view_to_image(geometry, height, width) for name, (geometry, _) in self.sample(height, width, key).items()}
 
     def __call__(self, image: np.ndarray, key: tuple[int, ...]) -> dict[str, np.ndarray]:
         """The views of `image` [H, W, 3], uint8 [3, size, size] each, by name; key: (seed, epoch, shard, row)."""
