@@ -96,7 +96,7 @@ def test_one_gradient_step_lowers_the_loss():
         ({"lambda_": float("inf")}, "lambda_ = inf; a loss weight must be finite and not negative"),
         ({"gamma": 0.0}, "gamma = 0.0; it must be finite and positive"),
         ({"eps": -1e-4}, "eps = -0.0001; it must be finite and positive"),
-        ({"lamda": 25.0}, "unknown option of objective 'vicreg' 'lamda'; known: convention, lambda_, mu, nu, gamma, eps"),
+        ({"lamda": 25.0}, "unknown option of objective 'vicreg' 'lamda'; known: gamma, eps, convention, lambda_, mu, nu, weighting"),
     ],
 )
 def test_a_bad_option_is_one_line_that_says_what_would_do(options, said):

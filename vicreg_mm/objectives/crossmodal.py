@@ -24,6 +24,7 @@ from vicreg_mm.objectives import OBJECTIVES
 from vicreg_mm.objectives.graph import Edge, GraphObjective, ViewGraph
 from vicreg_mm.objectives.multicrop import GLOBALS, multicrop_graph
 from vicreg_mm.objectives.weighting import FixedWeights
+from vicreg_mm.objectives.weighting_options import weighted
 from vicreg_mm.registry import unknown_name
 
 TEXTS = ("text_0", "text_1")
@@ -90,7 +91,9 @@ class CrossModalObjective(GraphObjective):
 
 
 @OBJECTIVES.register("crossmodal")
+@weighted()
 def crossmodal(
+    weights: FixedWeights,
     num_local: int = 0,
     local_weight: float = 0.5,
     pairs: str = "first",
@@ -103,10 +106,6 @@ def crossmodal(
     nu_image: float | None = None,
     mu_text: float | None = None,
     nu_text: float | None = None,
-    convention: str = "mean",
-    lambda_: float = 25.0,
-    mu: float = 25.0,
-    nu: float = 1.0,
     gamma: float = 1.0,
     eps: float = 1e-4,
 ) -> CrossModalObjective:
@@ -114,18 +113,18 @@ def crossmodal(
 
     num_local, local_weight: as in `multicrop`. pairs: "first" or "all". image_weight, text_weight, cross_weight: w_i, w_t, w_x.
     predictor: width of the predictors on the cross edges; 0: none. embedding_dim: D, needed with predictors (a run sets it).
-    mu_image, nu_image, mu_text, nu_text: coefficients of one modality; None: mu, nu. The rest as in `vicreg`.
+    mu_image, nu_image, mu_text, nu_text: coefficients of one modality; None: mu, nu; while
+    mu and nu learn, all change by the same factor. gamma, eps: as in `vicreg`.
     Raises ValueError for unknown pairs, for weights that are negative or all 0, for a predictor without embedding_dim.
     """
     if predictor < 0 or (predictor and embedding_dim < 1):
         raise ValueError(f"predictor = {predictor} with embedding_dim = {embedding_dim}; both must be positive, or predictor 0")
-    weighting = FixedWeights(lambda_, mu, nu, convention)
     edges = crossmodal_edges(num_local, local_weight, pairs, image_weight, text_weight, cross_weight, bool(predictor))
     plain = ViewGraph(edges)
     nodes = {
-        "variance": branch_weights(plain, "variance", mu, mu_image, mu_text),
-        "covariance": branch_weights(plain, "covariance", nu, nu_image, nu_text),
+        "variance": branch_weights(plain, "variance", weights.mu, mu_image, mu_text),
+        "covariance": branch_weights(plain, "covariance", weights.nu, nu_image, nu_text),
     }
     predictors = {name: build_predictor(embedding_dim, predictor) for name in ("image_to_text", "text_to_image")} if predictor else {}
-    correction = weighting.convention.correction
-    return CrossModalObjective(ViewGraph(edges, nodes), weighting, gamma, eps, correction=correction, predictors=predictors)
+    graph, correction = ViewGraph(edges, nodes), weights.convention.correction
+    return CrossModalObjective(graph, weights, gamma, eps, correction=correction, predictors=predictors)

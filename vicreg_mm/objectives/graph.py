@@ -23,7 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from vicreg_mm.objectives.embeddings import COLLAPSED_BELOW, needed
+from vicreg_mm.objectives.learned_weights import LearnedWeights, Observation
 from vicreg_mm.objectives.terms import Terms, global_terms, invariances
+from vicreg_mm.objectives.weighting import TERMS, FixedWeights
 
 TEXT_PREFIX = "text_"  # what the names of text views begin with
 
@@ -133,8 +135,8 @@ class ObjectiveOutput(NamedTuple):
 class GraphObjective(nn.Module):
     """The objective of a view graph, over the batch of all ranks.
 
-    graph: which views must agree. weighting: module (invariance, variance, covariance, D) -> scalar, with parameters if it
-    learns. gamma: the standard deviation that variance asks for. eps: inside its root. correction: 1 divides by N - 1, 0 by N.
+    graph: which views must agree. weighting: what multiplies the terms; one that learns is shown those of every training step.
+    gamma: the standard deviation that variance asks for. eps: inside its root. correction: 1 divides by N - 1, 0 by N.
     predictors: by the names that the edges use, modules [n, D] -> [n, D].
     Raises ValueError for gamma or eps that are not positive, and for predictors that are not those of the edges.
     """
@@ -142,7 +144,7 @@ class GraphObjective(nn.Module):
     def __init__(
         self,
         graph: ViewGraph,
-        weighting: nn.Module,
+        weighting: FixedWeights,
         gamma: float = 1.0,
         eps: float = 1e-4,
         correction: int = 1,
@@ -209,13 +211,22 @@ class GraphObjective(nn.Module):
         return a, b.detach() if edge.stop_gradient else b
 
     def _output(self, parts: Sequence[Terms]) -> ObjectiveOutput:
-        values = {name: torch.cat([getattr(terms, name) for terms in parts]) for name in ("invariance", "variance", "covariance")}
-        std = torch.cat([terms.std for terms in parts])
+        values = {name: torch.cat([getattr(terms, name) for terms in parts]) for name in TERMS}
+        std, total_weight = torch.cat([terms.std for terms in parts]), torch.cat([terms.total_weight for terms in parts])
         weights = zip(values.items(), self._weights_on(std.device), strict=True)
         sums = {name: (value * weight).sum().to(std.dtype) for (name, value), weight in weights}
-        loss = self.weighting(sums["invariance"], sums["variance"], sums["covariance"], std.shape[1])
-        detached = {name: value.detach() for name, value in values.items()}
-        return ObjectiveOutput(loss, sums, self._logs(detached, std, torch.cat([terms.total_weight for terms in parts])))
+        weighed = self.weighting(*sums.values(), std.shape[1])
+        if isinstance(self.weighting, LearnedWeights) and self.training and torch.is_grad_enabled():
+            self.weighting.observe(self._observation(sums, weighed.weights, std, total_weight))
+        logs = self._logs({name: value.detach() for name, value in values.items()}, std, total_weight)
+        logs |= {"loss/fixed": weighed.fixed} | {f"weight_{name}": w for name, w in zip(TERMS, weighed.weights, strict=False)}
+        return ObjectiveOutput(weighed.loss, sums, logs)
+
+    def _observation(self, sums: Mapping[str, Tensor], weights: Sequence[Tensor], std: Tensor, total_weight: Tensor) -> Observation:
+        _, variances, covariances = self._weights_on(std.device)
+        units = self.gamma * variances.sum(), (independent_covariance(std, total_weight) * covariances).sum()
+        terms = torch.stack(list(sums.values())).detach().double()
+        return Observation(terms, torch.stack(list(weights)).double(), torch.stack(units), total_weight, std.shape[1])
 
     def _logs(self, values: Mapping[str, Tensor], std: Tensor, total_weight: Tensor) -> dict[str, Tensor]:
         nodes = [view for part in self._parts for view in part.nodes]
@@ -247,6 +258,16 @@ class GraphObjective(nn.Module):
             lists += [[self.graph.weights_of(term)[view] for view in nodes] for term in ("variance", "covariance")]
             self._graph_weights[device] = [torch.tensor(weights, dtype=torch.float64, device=device) for weights in lists]
         return self._graph_weights[device]
+
+
+def independent_covariance(std: Tensor, total_weight: Tensor) -> Tensor:
+    """What a view's covariance term is on average where its dimensions are independent, given their variances.
+
+    A sample covariance of N rows has then the variance Var_p Var_q / (N - 1), so the term is ((sum_d Var_d)^2 - sum_d Var_d^2) /
+    (D (N - 1)): sigma^4 (D - 1) / (N - 1) for equal variances. Arguments as in `covariance_floor`. Returns [V] in float64.
+    """
+    variances = std.double().square()
+    return (variances.sum(1).square() - variances.square().sum(1)) / (std.shape[1] * (total_weight - 1))
 
 
 def covariance_floor(std: Tensor, total_weight: Tensor) -> Tensor:

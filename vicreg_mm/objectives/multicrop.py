@@ -22,6 +22,7 @@ from collections.abc import Callable
 from vicreg_mm.objectives import OBJECTIVES
 from vicreg_mm.objectives.graph import Edge, GraphObjective, ViewGraph
 from vicreg_mm.objectives.weighting import FixedWeights
+from vicreg_mm.objectives.weighting_options import weighted
 from vicreg_mm.registry import unknown_name
 
 GLOBALS = ("global_0", "global_1")
@@ -48,23 +49,21 @@ def multicrop_graph(num_local: int = 8, local_weight: float = 0.5, node_weights:
 
 
 @OBJECTIVES.register("multicrop")
+@weighted()
 def multicrop(
+    weights: FixedWeights,
     num_local: int = 8,
     local_weight: float = 0.5,
     node_weights: str = "edges",
-    convention: str = "mean",
-    lambda_: float = 25.0,
-    mu: float = 25.0,
-    nu: float = 1.0,
     gamma: float = 1.0,
     eps: float = 1e-4,
 ) -> GraphObjective:
     """Views global_0, global_1 and local_0 .. local_(n-1): every pair with a global view must agree.
 
     num_local: n. local_weight: w, of a (global, local) pair beside 1 of the two globals; their sum is divided by 1 + n.
-    node_weights: "edges", "uniform" or "globals", what each view's variance and covariance weigh (the table above). The rest: `vicreg`.
-    Raises ValueError for a num_local that is no count, a local_weight that is not positive, an unknown node_weights or convention.
+    node_weights: "edges", "uniform" or "globals", what each view's variance and covariance weigh (the table above).
+    gamma, eps: as in `vicreg`.
+    Raises ValueError for a num_local that is no count, a local_weight that is not positive, an unknown node_weights.
     """
-    weighting = FixedWeights(lambda_, mu, nu, convention)
     graph = multicrop_graph(num_local, local_weight, node_weights)
-    return GraphObjective(graph, weighting, gamma, eps, correction=weighting.convention.correction)
+    return GraphObjective(graph, weights, gamma, eps, correction=weights.convention.correction)

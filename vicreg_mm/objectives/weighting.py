@@ -1,11 +1,15 @@
 """(invariance, variance, covariance) -> the scalar that is minimised; and the conventions by which the literature counts them."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from vicreg_mm.registry import unknown_name
+
+TERMS = ("invariance", "variance", "covariance")
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,21 @@ CONVENTIONS = {
 }
 
 
+class Weighed(NamedTuple):
+    """loss: to be minimised. fixed: what it would be at the base weights, detached. weights: what multiplied each of the terms, detached;
+    none where that never changes."""
+
+    loss: Tensor
+    fixed: Tensor
+    weights: tuple[Tensor, ...] = ()
+
+
+def weighted_sum(terms: Sequence[Tensor], weights: Sequence[Tensor | float]) -> Tensor:
+    """sum_i w_i L_i."""
+    (inv, var, cov), (lambda_, mu, nu) = terms, weights
+    return lambda_ * inv + mu * var + nu * cov
+
+
 class FixedWeights(nn.Module):
     """lambda * invariance + mu * variance + nu * covariance with constants.
 
@@ -47,11 +66,16 @@ class FixedWeights(nn.Module):
         self.lambda_, self.mu, self.nu = float(lambda_), float(mu), float(nu)
         self.convention = CONVENTIONS[convention]
 
+    def scales(self, num_dimensions: int) -> tuple[float, float, float]:
+        """What the convention multiplies lambda, mu and nu by."""
+        per_dimension = 1 if self.convention.invariance_per_dimension else num_dimensions
+        return per_dimension, self.convention.variance, self.convention.covariance
+
     def base(self, num_dimensions: int) -> tuple[float, float, float]:
         """What invariance (the mean over N and D), variance and covariance are multiplied by."""
-        per_dimension = 1 if self.convention.invariance_per_dimension else num_dimensions
-        return self.lambda_ * per_dimension, self.mu * self.convention.variance, self.nu * self.convention.covariance
+        lambda_, mu, nu = self.scales(num_dimensions)
+        return self.lambda_ * lambda_, self.mu * mu, self.nu * nu
 
-    def forward(self, invariance: Tensor, variance: Tensor, covariance: Tensor, num_dimensions: int) -> Tensor:
-        lambda_, mu, nu = self.base(num_dimensions)
-        return lambda_ * invariance + mu * variance + nu * covariance
+    def forward(self, invariance: Tensor, variance: Tensor, covariance: Tensor, num_dimensions: int) -> Weighed:
+        loss = weighted_sum((invariance, variance, covariance), self.base(num_dimensions))
+        return Weighed(loss, loss.detach())

@@ -1,0 +1,204 @@
+"""Every graph objective takes every mode: what they show it, what is logged, and what is refused."""
+
+import inspect
+import warnings
+
+import pytest
+import torch
+
+from tests import oracle
+from vicreg_mm import objectives
+from vicreg_mm.objectives.weighting_options import MODES, OWN_OPTIONS, own_options
+
+GRAPHS = {
+    "vicreg": (("global_0", "global_1"), {}),
+    "multicrop": (("global_0", "global_1", "local_0"), {"num_local": 1}),
+    "crossmodal": (("global_0", "global_1", "text_0", "text_1"), {}),
+    "adaptive": (("global_0", "global_1"), {}),
+}
+EVERY_GRAPH = pytest.mark.parametrize("name", GRAPHS)
+EVERY_MODE = pytest.mark.parametrize("mode", MODES)
+LEARNED = [mode for mode in MODES if mode not in ("fixed", "literal")]
+OWN = {"dwa": {"weighting_period": 1}, "dual": {"target_covariance": 1.0}}
+
+
+def build(name, mode, **options):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        start = {"weighting_start": 0.0} if mode in LEARNED else {}
+        return objectives.build(name, weighting=mode, **{**GRAPHS[name][1], **start, **OWN.get(mode, {}), **options})
+
+
+def views(name, step=0, n=10, d=6):
+    generator = torch.Generator().manual_seed(step)
+    shared = torch.randn(n, d, generator=generator, dtype=torch.float64)
+    names = GRAPHS[name][0]
+    return {
+        v: ((0.4 + 0.1 * step) * shared + 0.3 * torch.randn(n, d, generator=generator, dtype=torch.float64)).requires_grad_() for v in names
+    }
+
+
+def weights_of(out):
+    return [out.logs[f"weight_{term}"].item() for term in ("invariance", "variance", "covariance")]
+
+
+def train(objective, name, steps, first=0):
+    outs = []
+    for step in range(first, first + steps):
+        outs.append(objective(views(name, step)))
+        outs[-1].loss.backward()
+        objective.after_step((step + 1) / 100)
+    return outs
+
+
+@EVERY_GRAPH
+@EVERY_MODE
+def test_the_loss_is_the_logged_weights_times_the_terms_and_the_fixed_loss_that_of_the_base(name, mode):
+    objective, fixed = build(name, mode), build(name, "fixed")
+    for step, out in enumerate(train(objective, name, 5)):
+        torch.testing.assert_close(out.logs["loss/fixed"], fixed(views(name, step)).loss.detach(), rtol=1e-6, atol=0)
+        if mode == "fixed":
+            assert not [key for key in out.logs if key.startswith("weight_")]
+        else:
+            expected = sum(w * term.item() for w, term in zip(weights_of(out), out.terms.values(), strict=True))
+            assert out.loss.item() == pytest.approx(expected, rel=1e-6)
+    assert not any(value.requires_grad or value.ndim for value in out.logs.values())
+    if mode in LEARNED:
+        assert weights_of(out) != [25.0, 25.0, 1.0]
+
+
+@pytest.mark.parametrize("mode", LEARNED)
+def test_a_forward_in_eval_mode_or_without_gradients_or_without_a_step_does_not_count(mode):
+    plain, disturbed = build("vicreg", mode), build("vicreg", mode)
+    for step in range(4):
+        train(plain, "vicreg", 1, first=step)
+        disturbed(views("vicreg", 90))  # without a step
+        disturbed(views("vicreg", step))
+        disturbed.eval()(views("vicreg", 91))
+        with torch.no_grad():
+            disturbed.train()(views("vicreg", 92))
+        disturbed.after_step((step + 1) / 100)
+        disturbed.after_step((step + 1) / 100)
+    assert plain.state_dict().keys() == disturbed.state_dict().keys() != set()
+    assert all(torch.equal(value, disturbed.state_dict()[key]) for key, value in plain.state_dict().items())
+
+
+@pytest.mark.parametrize("mode", LEARNED)
+def test_the_weights_are_state_and_a_mode_goes_on_from_it_bit_for_bit(mode):
+    whole, first, again = (build("multicrop", mode) for _ in range(3))
+    expected = train(whole, "multicrop", 8)
+    train(first, "multicrop", 4)
+    again.load_state_dict(first.state_dict())
+    found = train(again, "multicrop", 4, first=4)
+    assert all(torch.equal(ours.loss, theirs.loss) for ours, theirs in zip(found, expected[4:], strict=True))
+    assert weights_of(expected[4]) != weights_of(expected[7])
+    assert not list(whole.parameters())
+
+
+def test_dual_measures_the_variance_in_gamma_and_the_covariance_in_what_independent_dimensions_show():
+    z, rate, gamma = views("vicreg"), 0.01, 2.0
+    objective = build("vicreg", "dual", gamma=gamma, target_variance=0.7, target_covariance=1.3, weighting_rate=rate)
+    objective(z).loss.backward()
+    objective.after_step(1.0)
+    variances = torch.stack([view.detach().var(0) for view in z.values()])
+    unit = ((variances.sum(1) ** 2 - (variances**2).sum(1)) / (6 * 9)).mean()
+    var = (oracle.variance(z["global_0"], gamma) + oracle.variance(z["global_1"], gamma)).item() / 2
+    cov = (oracle.covariance(z["global_0"]) + oracle.covariance(z["global_1"])).item() / 2
+    excess = [(var - 0.7 * gamma) / (0.7 * gamma), (cov - 1.3 * unit.item()) / (1.3 * unit.item())]
+    steps = torch.tensor(excess, dtype=torch.float64).clamp(-1, 1) * rate
+    assert 0.01 < abs(excess[0]) < 1
+    found = torch.tensor(weights_of(objective(z)), dtype=torch.float64)
+    torch.testing.assert_close(found, torch.tensor([25.0, 25.0, 1.0]).double() * torch.cat([torch.zeros(1), steps]).exp())
+
+
+def test_the_covariance_of_independent_dimensions_is_one_unit_of_dual_on_average():
+    """4000 batches of 6 rows: a batch may be above or below, their mean is the unit; with other variances in every dimension."""
+    from vicreg_mm.objectives.graph import independent_covariance
+
+    generator = torch.Generator().manual_seed(0)
+    scale = torch.linspace(0.5, 2, 12, dtype=torch.float64)
+    z = torch.randn(4000, 6, 12, generator=generator, dtype=torch.float64) * scale
+    shares = sum(oracle.covariance(batch) for batch in z) / 4000
+    unit = independent_covariance(scale[None], torch.tensor([6.0]).double())
+    assert shares.item() == pytest.approx(unit.item(), rel=0.02)
+
+
+def test_dual_weighs_its_targets_over_the_views_as_the_terms_are():
+    """A graph of weight 3 has terms three times as large; the targets follow."""
+    once, thrice = build("crossmodal", "dual"), build("crossmodal", "dual", image_weight=3.0, text_weight=3.0, cross_weight=3.0)
+    for step in range(3):
+        train(once, "crossmodal", 1, first=step), train(thrice, "crossmodal", 1, first=step)
+    assert weights_of(once(views("crossmodal"))) == pytest.approx(weights_of(thrice(views("crossmodal"))), rel=1e-9)
+    assert weights_of(once(views("crossmodal"))) != [25.0, 25.0, 1.0]
+
+
+def test_a_covariance_target_below_the_floor_of_the_first_batch_is_an_error():
+    objective = build("vicreg", "dual", target_covariance=0.5)
+    with pytest.raises(ValueError, match=r"target_covariance = 0.5 cannot be reached: with N = 4 and D = 16 the floor .* is 0.8667 of"):
+        objective(views("vicreg", n=4, d=16))
+
+
+def test_a_branch_of_its_own_coefficient_keeps_its_ratio_while_the_weights_learn():
+    objective = build("crossmodal", "dual", mu_text=50.0)
+    plain = build("crossmodal", "fixed", mu_text=50.0)
+    out = train(objective, "crossmodal", 4)[-1]
+    assert torch.equal(out.terms["variance"], plain(views("crossmodal", 3)).terms["variance"])
+    assert weights_of(out)[1] != 25.0
+
+
+@EVERY_GRAPH
+def test_every_graph_objective_has_the_options_of_the_weights_typed_and_explained(name):
+    assert {"convention", "lambda_", "mu", "nu", "weighting", *OWN_OPTIONS} <= objectives.options(name)
+    parameters = inspect.signature(objectives.OBJECTIVES.builder(name)).parameters
+    assert "weights" not in parameters and all(p.kind is p.KEYWORD_ONLY for p in parameters.values())
+    assert parameters["weighting"].annotation is str and parameters["weighting_bound"].annotation == float | None
+    assert parameters["weighting"].default == ("budget" if name == "adaptive" else "fixed")
+    document = inspect.getdoc(objectives.OBJECTIVES.builder(name))
+    assert all(f"{option}: " in document for option in OWN_OPTIONS)
+
+
+def test_every_option_is_taken_by_a_mode_and_its_default_is_the_one_written_in_its_meaning():
+    assert {option for mode in MODES for option in own_options(mode)} == set(OWN_OPTIONS)
+    assert own_options("fixed") == own_options("literal") == ()
+    document = inspect.getdoc(objectives.OBJECTIVES.builder("vicreg"))
+    for mode in LEARNED:
+        defaults = inspect.signature(MODES[mode]).parameters
+        for option in own_options(mode):
+            meaning = document.split(f"{option}: ")[1]
+            default = defaults[option.removeprefix("weighting_")].default
+            written = str(default) if isinstance(default, bool) else f"{default:g}"
+            assert written in meaning[: meaning.index(")")], (mode, option)
+
+
+@pytest.mark.parametrize("name", ["vicreg", "multicrop", "crossmodal"])
+def test_fixed_is_the_default_and_only_literal_warns(name):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(objectives.build(name, **GRAPHS[name][1])(views(name)).loss, build(name, "fixed")(views(name)).loss)
+        for mode in LEARNED:
+            objectives.build(name, weighting=mode)
+    with pytest.warns(UserWarning, match="weighting 'literal': the loss falls by shrinking the weights") as warned:
+        objectives.build(name, weighting="literal")
+    assert len(warned) == 1
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({"weighting": "bugdet"}, "unknown weighting 'bugdet'; known: fixed, literal, uncertainty, dwa, dual, budget"),
+        ({"weighting_rate": 0.1}, "weighting_rate = 0.1 has no effect with weighting 'fixed', which takes no options of its own"),
+        (
+            {"weighting": "budget", "target_variance": 0.1},
+            "target_variance = 0.1 has no effect with weighting 'budget', which takes weighting_start, weighting_rate, weighting_bound",
+        ),
+        ({"weighting": "dwa", "weighting_bound": 3.0}, "weighting_bound = 3.0 has no effect with weighting 'dwa'"),
+        ({"weighting": "budget", "weighting_bound": 1.0}, "weighting_bound = 1.0; .* more than 1 is needed"),
+        ({"weighting": "budget", "nu": 0.0}, "nu = 0; a weight that learns begins at a positive one"),
+        ({"weighting": "dual", "mu": -1.0}, "mu = -1.0; a loss weight must be finite and not negative"),
+        ({"weighting": "dual", "target_variances": 0.1}, "unknown option of objective 'vicreg' 'target_variances'"),
+        ({"weighting": "dual", "target_variance": "low"}, "option target_variance = 'low'; it takes float or None"),
+    ],
+)
+def test_a_bad_option_is_one_line_that_says_what_would_do(options, said):
+    with pytest.raises(ValueError, match=said):
+        objectives.build("vicreg", **options)
