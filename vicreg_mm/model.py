@@ -118,7 +118,7 @@ class PretrainModel(nn.Module):
         logs.update({f"loss/{name}": term.detach() for name, term in output.terms.items()})
         for name, value in output.logs.items():
             kind = name.partition("/")[0]
-            logs[f"loss/{name}" if kind in output.terms else f"stats/{name}"] = value
+            logs[name if kind == "loss" else f"loss/{name}" if kind in output.terms else f"stats/{name}"] = value
         first = next(iter(features))
         logs["features"] = features[first].detach()
         return output.loss, logs
