@@ -48,6 +48,14 @@ def test_each_trouble_has_its_advice(changes, kind, phrase):
     assert re.search(phrase, found[kind])
 
 
+def test_mu_is_named_only_where_a_variance_term_has_it():
+    without = {name: value for name, value in HEALTHY.items() if name not in ("loss/variance", "loss/covariance")}
+    for change in ({"stats/collapsed_dims": 0.5}, {"stats/std_mean": 0.4}):
+        assert "increase mu" in str(advice(HEALTHY | change, 1.0, 512, 2048))
+        (said,) = advice(without | change, 1.0, 512, 2048).values()
+        assert "mu" not in said.split()
+
+
 def test_ten_percent_of_collapsed_dimensions_is_the_limit():
     assert words(stats__collapsed_dims=0.10) == {}
 

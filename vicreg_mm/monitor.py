@@ -107,14 +107,16 @@ def advice(metrics: Mapping[str, float], gamma: float, batch: int, num_features:
     found: dict[str, str] = {}
     collapsed, std = metrics.get("stats/collapsed_dims"), metrics.get("stats/std_mean")
     largest, rank = metrics.get("stats/std_max"), metrics.get("stats/rank")
+    regularised = "loss/variance" in metrics  # other objectives have no mu to increase
     if collapsed is not None and collapsed > COLLAPSED_SHARE:
         found["collapse"] = (
             f"{collapsed:.0%} of the embedding dimensions have a standard deviation below 0.1 gamma: "
-            "they have collapsed; increase mu, the weight of the variance term"
+            f"they have collapsed{'; increase mu, the weight of the variance term' if regularised else ''}"
         )
     elif std is not None and std < 0.5 * gamma:
         found["shrinking"] = (
-            f"the mean standard deviation of the embeddings is {std:.3f}, below half of gamma ({gamma:g}); if it stays there, increase mu"
+            f"the mean standard deviation of the embeddings is {std:.3f}, below half of gamma ({gamma:g})"
+            f"{'; if it stays there, increase mu' if regularised else ''}"
         )
     if largest is not None and largest > 20 * gamma:
         found["runaway"] = (
