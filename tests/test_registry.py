@@ -67,6 +67,13 @@ def test_a_value_of_another_type_is_refused_in_one_line(fruits, option, value, w
     assert str(caught.value) == f"fruit 'apple': option {option} = {value!r}; it takes {words}"
 
 
+def test_a_value_too_long_for_a_line_is_cut_short(fruits):
+    with pytest.raises(ValueError) as caught:
+        fruits.build("apple", size="1\n" * 500)
+    message = str(caught.value)
+    assert message.startswith(r"fruit 'apple': option size = '1\n1\n") and message.endswith("...; it takes int") and len(message) < 140
+
+
 def test_an_integer_is_a_float(fruits):
     assert fruits.build("apple", weight=2) == ("red", 1, 2, True)
 

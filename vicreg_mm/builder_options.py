@@ -9,7 +9,6 @@ others.
 import inspect
 import re
 import sys
-import textwrap
 import types
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -110,7 +109,8 @@ def type_words(wanted: Any) -> str:
 
 def shown(value: Any) -> str:
     """A value in one short line."""
-    return textwrap.shorten(repr(value), 80, placeholder="...")
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def meanings(builder: Builder, look_up: Callable[[str], Builder]) -> dict[str, str]:
@@ -137,7 +137,7 @@ def _own_meanings(document: str, options: Iterable[str]) -> dict[str, str]:
     found: dict[str, str] = {}
     for paragraph in re.split(r"\n\s*\n", document)[1:] if name else ():
         starts = list(header.finditer(paragraph))
-        for start, following in zip(starts, [*starts[1:], None], strict=True):
+        for start, following in zip(starts, [*starts[1:], None], strict=False):
             text = paragraph[start.end() : following.start() if following else None]
             text = " ".join(_END.split(text, maxsplit=1)[0].split()).rstrip(".;")
             found |= dict.fromkeys(re.split(r",\s", start[1]), text)
