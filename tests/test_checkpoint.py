@@ -6,16 +6,12 @@ import json
 from unittest import mock
 
 import pytest
-import timm
 import torch
-import torchvision
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from tests.tiny import tiny_config
 from vicreg_mm import checkpoint
-from vicreg_mm import config as configs
-from vicreg_mm.assemble import build_model
 from vicreg_mm.checkpoint import CheckpointError, open_run
 
 
@@ -168,31 +164,6 @@ def test_weights_that_are_not_finite_are_not_saved_over_good_ones(tmp_path):
     with pytest.raises(CheckpointError, match=r"did not save .*step-00000002: 0\.bias is not finite; .*untouched"):
         checkpoint.save(checkpoint.folder_of(tmp_path, 2), engine, {"step": 2})
     assert checkpoint.existing(tmp_path) == [first]
-
-
-@pytest.mark.parametrize("name", ["torchvision/resnet18", "timm/test_vit"])
-def test_the_exported_encoder_loads_in_the_plain_library_with_equal_features(tmp_path, name):
-    config = dataclasses.replace(tiny_config("shards", tmp_path), encoder=configs.EncoderConfig(name=name))
-    config = dataclasses.replace(config, input=dataclasses.replace(config.input, image_size=160))
-    torch.manual_seed(3)
-    model = build_model(config)
-    folder = tmp_path / "checkpoints" / "step-00000001"
-    folder.mkdir(parents=True)
-    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, folder / "model.safetensors")
-    configs.save(config, tmp_path / "config.json")
-    path = checkpoint.export_encoder(tmp_path, folder, config)
-    if name.startswith("torchvision/"):
-        plain = torchvision.models.resnet18(weights=None)
-        missing = plain.load_state_dict(load_file(path), strict=False)
-        assert set(missing.missing_keys) == {"fc.weight", "fc.bias"} and not missing.unexpected_keys
-        plain.fc = nn.Identity()
-    else:
-        plain = timm.create_model("test_vit", num_classes=0)
-        plain.load_state_dict(load_file(path))
-    image = torch.randn(2, 3, 160, 160)
-    loaded = checkpoint.load_encoder(tmp_path)
-    torch.testing.assert_close(loaded(image), plain.eval()(image), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(loaded(image), model.encoder.eval()(image), rtol=0, atol=0)
 
 
 def test_a_configuration_is_saved_with_the_run(tmp_path):

@@ -41,7 +41,7 @@ def open_tokenizer(config: RunConfig) -> Any:
 
 def build_model(config: RunConfig, tokenizer: Any = None) -> Any:
     """Encoders, expanders and objective with fresh weights from torch's current random state. tokenizer: for objectives that take texts."""
-    from vicreg_mm import checkpoint
+    from vicreg_mm.encoder_file import build_encoder
     from vicreg_mm.encoders import build_text
     from vicreg_mm.expander import Expander
     from vicreg_mm.model import PretrainModel, TextTower
@@ -55,7 +55,9 @@ def build_model(config: RunConfig, tokenizer: Any = None) -> Any:
         width = e.projection if e.projection and expanded_texts else num_features
         return Expander(width, e.widths, final=e.final, norm=e.norm) if wanted else None
 
-    encoder = checkpoint.build_encoder(config)
+    encoder = build_encoder(config)
+    if config.encoder.frozen:
+        encoder.freeze()
     objective = build_objective(config, encoder.num_features)
     needs, text = objective.needs, None
     expanded_texts = any(view in needs.texts for view in needs.views)
@@ -65,15 +67,45 @@ def build_model(config: RunConfig, tokenizer: Any = None) -> Any:
         )
     image_expander = expander(encoder.num_features, wanted=any(view not in needs.texts for view in needs.views))
     image_projection = projection(encoder.num_features)
+    t = config.text
     if needs.texts:
-        t = config.text
         text_encoder = build_text(
             t.encoder, vocab_size=tokenizer.vocab_size, context=t.context, pad_id=tokenizer.pad_id, end_id=tokenizer.end_id,
             width=t.width, depth=t.depth, heads=t.heads,
         )  # fmt: skip
+        if t.frozen:
+            text_encoder.freeze()
         text = TextTower(text_encoder, expander(t.width, expanded_texts), projection(t.width))
+    elif t.weights or t.frozen:
+        raise ConfigError(f"text.weights and text.frozen have no effect: objective {config.objective.name} takes no texts; leave them out")
     joint = {"auto": None, "per_view": False, "per_resolution": True}[config.encoder.forward]
     return PretrainModel(encoder, image_expander, objective, joint, e.forward == "per_resolution", text, image_projection)
+
+
+def start_from_weights(model: Any, config: RunConfig, weights: Any, tokenizer: Any = None) -> list[str]:
+    """Put given weights into the towers of a fresh model; returns a line for each that tells what was left out.
+
+    weights: what `encoder_file.given_weights` found, None for none. Raises ValueError, listing every name, for weights that do not fit.
+    """
+    from vicreg_mm.encoder_file import load_weights
+    from vicreg_mm.text_encoder_file import load_text_weights
+
+    told, e = [], config.encoder
+    if weights is not None:
+        told.append("image encoder from " + load_weights(model.encoder, weights, allow=e.weights_allow, resample=e.weights_resample))
+    if config.text.weights:
+        told.append("text encoder from " + load_text_weights(model.text.encoder, config.text, tokenizer))
+    return told
+
+
+def recompute_activations(model: Any) -> None:
+    """Activation checkpointing in every tower that learns; raises ConfigError where none does, or one does not offer it."""
+    towers = [model.encoder, *([] if model.text is None else [model.text.encoder])]
+    learning = [tower for tower in towers if not tower.frozen]
+    if not learning:
+        raise ConfigError("engine.activation_checkpointing has no effect: every encoder is frozen and keeps no activations; leave it out")
+    for tower in learning:
+        tower.set_activation_checkpointing(True)
 
 
 @dataclasses.dataclass(frozen=True)

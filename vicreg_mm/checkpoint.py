@@ -1,4 +1,4 @@
-"""Save a run, go on with it, and take its encoder out.
+"""Save a run and go on with it.
 
 A checkpoint is a folder `checkpoints/step-NNNNNNNN` of plain safetensors and JSON, whole or not there at all:
   model.safetensors      every parameter and buffer, float32, unpartitioned
@@ -21,12 +21,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vicreg_mm import config as configs
-from vicreg_mm import distributed, engine_state
-from vicreg_mm.encoders import VisionEncoder, build_vision
+from vicreg_mm import distributed, engine_state, state_dicts
 from vicreg_mm.input.tokenizers import Tokenizer, deserialize
 from vicreg_mm.tensor_file import write_tensors
 
@@ -196,13 +195,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
     """Load a state dict; every missing, extra or misshapen key is listed and nothing is loaded."""
-    own = module.state_dict()
-    problems = [f"missing {key}" for key in own if key not in tensors]
-    problems += [f"extra {key}" for key in tensors if key not in own]
-    problems += [
-        f"{key} has shape {tuple(tensors[key].shape)}, expected {tuple(own[key].shape)}"
-        for key in own if key in tensors and tensors[key].shape != own[key].shape
-    ]  # fmt: skip
+    problems = state_dicts.mismatches(module.state_dict(), tensors).values()
     if problems:
         raise CheckpointError(f"{source} does not fit this model ({len(problems)} keys): " + "; ".join(problems))
     module.load_state_dict(tensors)
@@ -263,41 +256,3 @@ def _resume(config: configs.RunConfig, root: Path) -> tuple[Path, Path | None]:
         raise CheckpointError(f"{run} was started with another configuration: " + "; ".join(different))
     checkpoints = existing(run)
     return run, checkpoints[-1] if checkpoints else None
-
-
-# The encoder ------------------------------------------------------------------------------------------------------------
-
-
-def export_encoder(run: Path, checkpoint: Path, config: configs.RunConfig) -> Path:
-    """Write `encoder.safetensors` with the encoder library's own key names, so that torchvision or timm load it as it is."""
-    prefix = "encoder.net."
-    tensors = {
-        key.removeprefix(prefix): value for key, value in read_tensors(checkpoint / "model.safetensors").items() if key.startswith(prefix)
-    }
-    path = run / "encoder.safetensors"
-    partial = path.with_suffix(".partial")
-    metadata = {"format": "pt", "encoder": json.dumps(configs.to_dict(config)["encoder"]), "image_size": str(config.input.image_size)}
-    try:
-        save_file(tensors, partial, metadata=metadata)
-        partial.rename(path)
-    except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
-        raise CheckpointError(f"could not save {path}: {error}; the checkpoints are untouched") from error
-    return path
-
-
-def build_encoder(config: configs.RunConfig) -> VisionEncoder:
-    """The encoder that a configuration describes, with fresh weights from torch's current random state."""
-    e = config.encoder
-    return build_vision(
-        e.name, image_size=config.input.image_size, pooling=e.pooling, patch_size=e.patch_size, layer_scale=e.layer_scale,
-        stem=e.stem, drop_path=e.drop_path,
-        **({} if e.zero_init_residual is None else {"zero_init_residual": e.zero_init_residual}),
-    )  # fmt: skip
-
-
-def load_encoder(run: Path) -> VisionEncoder:
-    """The trained encoder of a run directory, in eval mode on the CPU."""
-    encoder = build_encoder(configs.load(run / "config.json"))
-    load_strictly(encoder.net, read_tensors(run / "encoder.safetensors"), str(run / "encoder.safetensors"))
-    return encoder.eval()

@@ -14,7 +14,10 @@ from vicreg_mm.config import BUILTIN_DIGITS, ConfigError, EvaluationConfig, Moni
 def smoke_profile(config: RunConfig) -> RunConfig:
     """The same run in miniature: a toy encoder of the same family, the built-in digits, `smoke_steps`; all else as in the recipe."""
     family = next((family for family in ("vit", "convnext") if family in config.encoder.name.lower()), "resnet")
-    encoder = dataclasses.replace(config.encoder, name=f"timm/test_{family}", stem="imagenet", patch_size=None)
+    untouched: dict[str, Any] = {"weights": "", "frozen": False}  # no weights fit a toy
+    encoder = dataclasses.replace(
+        config.encoder, name=f"timm/test_{family}", stem="imagenet", patch_size=None, weights_allow=(), weights_resample=False, **untouched
+    )
     size = 32 if family == "resnet" else 64
     optim = dataclasses.replace(config.optim, warmup_epochs=0.5)
     if optim.name == "adamw":  # (assumed) a rate at which so small a network learns in so few steps
@@ -31,7 +34,7 @@ def smoke_profile(config: RunConfig) -> RunConfig:
         ),
         encoder=encoder,
         text=dataclasses.replace(
-            config.text, tokenizer="", context=16, width=64, depth=min(config.text.depth, 2), heads=min(config.text.heads, 2)
+            config.text, tokenizer="", context=16, width=64, depth=min(config.text.depth, 2), heads=min(config.text.heads, 2), **untouched
         ),
         expander=dataclasses.replace(
             config.expander,

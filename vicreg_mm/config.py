@@ -8,8 +8,9 @@ import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
+Part = TypeVar("Part")
 BUILTIN_DIGITS = "builtin:digits"
 
 
@@ -54,7 +55,19 @@ class EncoderConfig:
     """The network whose features are wanted."""
 
     name: str = "torchvision/resnet50"
-    """torchvision/NAME, timm/NAME or open_clip/NAME."""
+    """torchvision/NAME, timm/NAME, open_clip/NAME, or your own: package.module:function."""
+    weights: str = ""
+    """What it starts from: a run directory, a file of weights, library (or library:TAG) for the library's own; empty: random weights."""
+    weights_allow: tuple[str, ...] = ()
+    """Names of layers in which those weights may lack something or have too much; a library's classifier needs no mention."""
+    weights_resample: bool = False
+    """Resample the position embeddings of those weights, where they are for images or patches of another size."""
+    frozen: bool = False
+    """Keep it as it is: evaluation mode, no gradient."""
+    mean: tuple[float, float, float] | None = None
+    """Mean of the pixels in [0, 1], red, green and blue, that it expects; None: that of the weights, else the library's."""
+    std: tuple[float, float, float] | None = None
+    """Their standard deviation, likewise."""
     pooling: Literal["token", "avg"] | None = None
     """Transformers: class token or mean of the patches; None: the network's own."""
     stem: Literal["imagenet", "cifar"] = "imagenet"
@@ -91,6 +104,10 @@ class TextConfig:
     """Layers; 1 for gru."""
     heads: int = 8
     """Attention heads; 1 for gru."""
+    weights: str = ""
+    """What it starts from: a run directory, an open_clip folder or file, open_clip/NAME@library:TAG; empty: random weights."""
+    frozen: bool = False
+    """Keep it as it is: evaluation mode, no gradient."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +149,7 @@ class OptimConfig:
     max_lr: float = 0.0
     """The scaled peak is at most this; 0: no bound."""
     layer_decay: float = 1.0
-    """Each layer of the encoder learns at this multiple of the rate of the layer after it; the expander at the full rate."""
+    """Each layer of either encoder learns at this multiple of the rate of the layer after it; the expander at the full rate."""
     patch_lr_scale: float = 1.0
     """The patch embedding of a transformer, the stem of a ConvNeXt, learns at this multiple of its layer's rate."""
     weight_decay: float = 0.04
@@ -189,14 +206,17 @@ class MonitorConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """The table at the end: kNN and linear probes of raw pixels, a random and the pretrained encoder."""
+    """The tables at the end: kNN and linear probes of raw pixels, a random and the pretrained encoder; of image-text runs, retrieval and
+    zero-shot classification, too."""
 
     train: str = ""
-    """Indexed, labelled shards to fit on; empty: no table."""
+    """Indexed, labelled shards to fit kNN and probes on; empty: no such table."""
     test: str = ""
-    """Indexed, labelled shards that are held out."""
+    """Indexed shards that are held out: with labels for kNN, probes and zero-shot, with captions for retrieval, which needs no `train`."""
     limit: int = 0
     """Use at most this many training images; 0: all."""
+    every_epochs: float = 0.0
+    """Measure images and texts of `test` during training, too, after this many epochs; 0: at the end alone."""
     class_names: str = ""
     """Zero-shot classification of `test`: "imagenet", or a file of names in the order of the labels; empty: classes.json of the shards."""
     templates: str = "simple"
@@ -301,9 +321,21 @@ def check(config: RunConfig) -> None:
             f"input.local_size {config.input.local_size} is larger than input.image_size {config.input.image_size}: "
             "local views are the small ones"
         )
+    _check_weights(config)
     _check_effects(config)
-    if bool(config.evaluation.train) != bool(config.evaluation.test):
+    if config.evaluation.train and not config.evaluation.test:
         raise ConfigError("evaluation.train and evaluation.test go together: one of them is empty")
+
+
+def _check_weights(config: RunConfig) -> None:
+    """Raise ConfigError for a tower that would keep its random weights, and for a normalisation that is none."""
+    for tower, part, own in (("encoder", config.encoder, ":" in config.encoder.name), ("text", config.text, False)):
+        if part.frozen and not part.weights and not own:  # an encoder of one's own may come with weights
+            raise ConfigError(f"{tower}.frozen would keep random weights for good: give --{tower}.weights, or --{tower}.no-frozen")
+    for name in ("mean", "std"):
+        values = getattr(config.encoder, name)
+        if values is not None and not all(math.isfinite(v) and (name == "mean" or v > 0) for v in values):
+            raise ConfigError(f"encoder.{name} is {values}; it is of pixels in [0, 1]" + ("" if name == "mean" else ", above 0"))
 
 
 def _check_effects(config: RunConfig) -> None:
@@ -311,6 +343,11 @@ def _check_effects(config: RunConfig) -> None:
     unused = {
         "optim.betas": config.optim.name != "adamw" and f"optim.name {config.optim.name} has none",
         "optim.momentum": config.optim.name == "adamw" and "optim.name adamw has betas",
+        "encoder.weights_allow": not config.encoder.weights and "encoder.weights is empty",
+        "encoder.weights_resample": not config.encoder.weights and "encoder.weights is empty",
+        "encoder.zero_init_residual": bool(config.encoder.weights) and "encoder.weights says how every layer starts",
+        "encoder.drop_path": config.encoder.frozen and "encoder.frozen drops nothing",
+        "optim.patch_lr_scale": config.encoder.frozen and "encoder.frozen learns nothing",
         "input.slots": config.input.mode == "resampled" and "input.mode resampled has no slots",
         "input.cache": config.input.mode == "resampled" and "input.mode resampled keeps no copies",
         "evaluation.limit": not config.evaluation.train and "evaluation.train is empty",
@@ -346,11 +383,7 @@ def from_dict(data: dict[str, Any]) -> RunConfig:
             continue
         value = data[outer.name]
         if dataclasses.is_dataclass(outer.type):
-            known = {inner.name for inner in dataclasses.fields(outer.type)}
-            extra = sorted(set(value) - known)
-            if extra:
-                raise ConfigError(f"unknown configuration key {outer.name}.{extra[0]}; known: {', '.join(sorted(known))}")
-            value = outer.type(**{k: tuple(v) if isinstance(v, list) else v for k, v in value.items()})  # type: ignore[operator]
+            value = part_from_dict(outer.type, outer.name, value)  # type: ignore[arg-type]
         values[outer.name] = value
     extra = sorted(set(data) - {outer.name for outer in dataclasses.fields(RunConfig)})
     if extra:
@@ -358,6 +391,15 @@ def from_dict(data: dict[str, Any]) -> RunConfig:
             f"unknown configuration key {extra[0]}; known: {', '.join(outer.name for outer in dataclasses.fields(RunConfig))}"
         )
     return RunConfig(**values)
+
+
+def part_from_dict(part: type[Part], name: str, data: dict[str, Any]) -> Part:
+    """One part of a RunConfig, as EncoderConfig, out of plain data; raises ConfigError for a key that it has not."""
+    known = {inner.name for inner in dataclasses.fields(part)}  # type: ignore[arg-type]
+    extra = sorted(set(data) - known)
+    if extra:
+        raise ConfigError(f"unknown configuration key {name}.{extra[0]}; known: {', '.join(sorted(known))}")
+    return part(**{key: tuple(value) if isinstance(value, list) else value for key, value in data.items()})
 
 
 def save(config: RunConfig, path: Path) -> None:
@@ -381,8 +423,12 @@ FREE_TO_CHANGE = (
 
 
 def differences(before: RunConfig, now: RunConfig) -> list[str]:
-    """`name: before -> now` for every setting that a resumed run may not change."""
+    """`name: before -> now` for every setting that a resumed run may not change.
+
+    encoder.mean and encoder.std may be None now: then they are those that the run began with, which it took from its weights.
+    """
     old, new = to_flat(before), to_flat(now)
+    new |= {key: old[key] for key in ("encoder.mean", "encoder.std") if new[key] is None}
     return [
         f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in sorted(old | new)
         if old.get(key) != new.get(key) and not key.startswith(FREE_TO_CHANGE)

@@ -32,6 +32,8 @@ class Normalize(nn.Module):
 
 def has_batchnorm(module: nn.Module) -> bool:
     """Whether the module's output for one sample depends on the others in the batch."""
+    if getattr(module, "frozen", False):
+        return False
     return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in module.modules())
 
 

@@ -8,23 +8,27 @@ import torch
 from torch import Tensor, nn
 
 from vicreg_mm.config import OptimConfig
-from vicreg_mm.encoders import VisionEncoder
+from vicreg_mm.encoders import TextEncoder, VisionEncoder
 
 
 def parameter_groups(module: nn.Module, config: OptimConfig) -> list[dict]:
     """Groups of parameters that share `lr_scale` and `decay_scale`, by which `set_rates` multiplies the rate and the weight decay.
 
     decay_scale: 1 for parameters with at least two dimensions, 0 for biases, norms, LayerScale and other 1-d and 0-d ones.
-    lr_scale: in the encoders, layer_decay^k for a parameter with k layers of the encoder after it, its own included; times
-    patch_lr_scale in the patch embedding; 1 elsewhere. Source: BEiT (arXiv:2106.08254), with timm's grouping of layers; the factor of the
-    patch embedding is DINOv2's (arXiv:2304.07193).
-    Raises ValueError for a patch_lr_scale where an encoder has no patch embedding, a layer_decay where its layers are not known.
+    lr_scale: in the encoders of images and of texts, layer_decay^k for a parameter with k layers of its encoder after it, its own
+    included; times patch_lr_scale in the patch embedding; 1 elsewhere. A frozen parameter is in no group.
+    Source: BEiT (arXiv:2106.08254), with timm's grouping of layers; the factor of the patch embedding is DINOv2's (arXiv:2304.07193).
+    Raises ValueError for a patch_lr_scale where an encoder has no patch embedding, a layer_decay where its layers are not known, and for
+    one where every encoder is frozen.
     """
     scales: dict[str, float] = {}
-    for prefix, encoder in module.named_modules():
-        if isinstance(encoder, VisionEncoder):
-            own = _encoder_scales(encoder, config.layer_decay, config.patch_lr_scale)
-            scales |= {f"{prefix}.net.{name}".lstrip("."): scale for name, scale in own.items()}
+    encoders = {prefix: part for prefix, part in module.named_modules() if isinstance(part, VisionEncoder | TextEncoder)}
+    learning = {prefix: encoder for prefix, encoder in encoders.items() if any(p.requires_grad for p in encoder.parameters())}
+    if config.layer_decay != 1.0 and encoders and not learning:
+        raise ValueError(f"optim.layer_decay {config.layer_decay} has no effect: every encoder is frozen; give 1")
+    for prefix, encoder in learning.items():
+        own = _encoder_scales(encoder, config.layer_decay, config.patch_lr_scale)
+        scales |= {f"{prefix}.net.{name}".lstrip("."): scale for name, scale in own.items()}
     groups: dict[tuple[float, float], dict] = {}
     for name, p in module.named_parameters():
         if p.requires_grad:
@@ -36,11 +40,11 @@ def parameter_groups(module: nn.Module, config: OptimConfig) -> list[dict]:
     return [groups[key] for key in sorted(groups, reverse=True)]
 
 
-def _encoder_scales(encoder: VisionEncoder, layer_decay: float, patch_lr_scale: float) -> dict[str, float]:
+def _encoder_scales(encoder: VisionEncoder | TextEncoder, layer_decay: float, patch_lr_scale: float) -> dict[str, float]:
     scales: dict[str, float] = {}
     if layer_decay != 1.0:
         scales = {name: layer_decay**layers for name, layers in encoder.layers_after().items()}
-    if patch_lr_scale != 1.0:
+    if patch_lr_scale != 1.0 and isinstance(encoder, VisionEncoder):
         if encoder.patch_embedding is None:
             raise ValueError(
                 f"optim.patch_lr_scale {patch_lr_scale} has no effect: encoder '{encoder.name}' is not known to have a patch "

@@ -1,5 +1,6 @@
 """`main(config)`, what every pretraining recipe calls: assemble the parts of a run, train, export the encoder, print the table."""
 
+import dataclasses
 import itertools
 import json
 import sys
@@ -9,8 +10,9 @@ from typing import Any
 
 import torch
 
+from vicreg_mm import config as configs
 from vicreg_mm import distributed
-from vicreg_mm.assemble import build_model, needs_of, open_data, open_tokenizer
+from vicreg_mm.assemble import build_model, needs_of, open_data, open_tokenizer, recompute_activations, start_from_weights
 from vicreg_mm.command_line import parse
 from vicreg_mm.config import BUILTIN_DIGITS, ConfigError, RunConfig
 from vicreg_mm.optim import Schedule
@@ -57,7 +59,7 @@ def _say_smoke(recipe: RunConfig) -> None:
 
 def pretrain(config: RunConfig, device: torch.device) -> Path:
     """Train as the configuration says, from the start or from its last checkpoint; returns the run directory with encoder.safetensors."""
-    from vicreg_mm import checkpoint, engine, gauges
+    from vicreg_mm import checkpoint, encoder_file, engine, gauges
     from vicreg_mm.batchnorm import convert_sync_batchnorm
     from vicreg_mm.input.tokenizers import check_vocabulary
     from vicreg_mm.launch import deepspeed_settings, launch
@@ -81,16 +83,22 @@ def pretrain(config: RunConfig, device: torch.device) -> Path:
     # The loader's processes are forked by the first batch: before there is a model, whose every weight they would keep as it was then.
     batches = data.batches(state["step"])
     batches = itertools.chain([next(batches)], batches)
+    weights, told = None, []
+    if run is not None:
+        config = as_begun(config, run)
+    if resumed is None:
+        weights, config = encoder_file.given_weights(config)
     torch.manual_seed(config.seed)
     model = build_model(config, tokenizer)
     model.check_views(data.view_sizes)
+    if resumed is None:
+        told = start_from_weights(model, config, weights, tokenizer)
+        del weights
     num_features = model.encoder.num_features
     if distributed.world_size() > 1:
         model = convert_sync_batchnorm(model, device)
     if config.engine.activation_checkpointing:
-        model.encoder.set_activation_checkpointing(True)
-        if model.text is not None:
-            model.text.encoder.set_activation_checkpointing(True)
+        recompute_activations(model)
     schedule = schedule_of(config, data.steps_per_epoch)
     # a wrong setting must not leave a run directory behind
     parameter_groups(model, config.optim)
@@ -109,15 +117,21 @@ def pretrain(config: RunConfig, device: torch.device) -> Path:
     )  # fmt: skip
     if distributed.is_main():
         begin = f"resumed at step {training.step}" if resumed else "from the start"
+        print(*told, sep="\n", end="\n" if told else "")
         print(
             f"{run} {begin}: {config.encoder.name} ({num_features} features), {config.objective.name}, {data.num_samples:,} images, "
             f"batch {config.batch} on {distributed.world_size()} x {device.type}, {schedule.total:,} steps", flush=True,
         )  # fmt: skip
     last = engine.train(wrapped, batches, training, device)
     if distributed.is_main():
-        checkpoint.export_encoder(run, last, config)
+        encoder_file.export_encoder(run, last, config)
     distributed.barrier()
     return run
+
+
+def as_begun(config: RunConfig, run: Path) -> RunConfig:
+    """The configuration with the encoder that a run directory holds: with the mean and std that it took from its weights."""
+    return dataclasses.replace(config, encoder=configs.load(run / "config.json").encoder)
 
 
 def schedule_of(config: RunConfig, steps_per_epoch: int) -> Schedule:
@@ -165,19 +179,47 @@ def open_evaluation(config: RunConfig) -> tuple[Any, Any] | None:
 
 
 def evaluate(config: RunConfig, run: Path, loaders: tuple[Any, Any], device: torch.device) -> None:
-    """Print the table of raw pixels, the encoder as it began and as it is now, and keep it as evaluation.json in the run directory."""
-    from vicreg_mm import checkpoint
+    """Print the table of raw pixels, a random encoder, the one that was given if the run began with one, and the trained one, and keep it
+    as evaluation.json in the run directory."""
+    from vicreg_mm.encoder_file import build_encoder, open_encoder
     from vicreg_mm.evaluation.features import frozen
     from vicreg_mm.evaluation.report import compare_encoders, evaluation_table
 
     begun = time.perf_counter()
-    trained = checkpoint.load_encoder(run).to(device)
-    torch.manual_seed(config.seed)  # the weights that the run began with
-    random = checkpoint.build_encoder(config).to(device)
-    rows = compare_encoders({"random encoder": frozen(random), "pretrained encoder": frozen(trained)}, *loaders, device)
+    config = as_begun(config, run)
+    torch.manual_seed(config.seed)  # the weights that the run began with, where none were given
+    encoders = {"random encoder": build_encoder(config)}
+    if config.encoder.frozen:
+        encoders["given encoder"] = open_encoder(str(run))
+    else:
+        given = _given_encoder(config)
+        encoders |= ({} if given is None else {"given encoder": given}) | {"pretrained encoder": open_encoder(str(run))}
+    rows = compare_encoders({name: frozen(encoder.to(device)) for name, encoder in encoders.items()}, *loaders, device)
     if distributed.is_main():
         (run / RESULTS).write_text(json.dumps(rows, indent=2) + "\n")
         print(f"\n{evaluation_table(rows)}\n({time.perf_counter() - begun:.0f} s)\n", flush=True)
+
+
+def _given_encoder(config: RunConfig) -> Any:
+    """The encoder that the run began with; None, which is told, where the weights are no longer to be had."""
+    from vicreg_mm.encoder_file import build_encoder, given_weights, load_weights
+
+    if not config.encoder.weights:
+        return None
+    problem = None
+    if distributed.is_main():
+        try:
+            given_weights(config)
+        except ValueError as error:
+            problem = str(error)
+            print(f"no row of the given encoder: {problem}", flush=True)
+    if distributed.broadcast_object(problem):
+        return None
+    weights, config = given_weights(config)
+    assert weights is not None
+    encoder = build_encoder(config)
+    load_weights(encoder, weights, allow=config.encoder.weights_allow, resample=config.encoder.weights_resample)
+    return encoder
 
 
 def evaluate_pairs(config: RunConfig, run: Path, loader: Any, device: torch.device) -> None:

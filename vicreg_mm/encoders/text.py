@@ -4,15 +4,17 @@
 "gru": word embeddings and a GRU, pooled at the end token, as VSE++ (arXiv:1707.05612) and hence the VICReg paper's retrieval setting.
 """
 
+import re
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from vicreg_mm.encoders.freezing import Freezable
 from vicreg_mm.registry import unknown_name
 
 
-class TextEncoder(nn.Module):
+class TextEncoder(Freezable):
     """Token ids int64 [N, context] -> features [N, F], those of the end token.
 
     A row is start, ids, end, padding, as `tokenizers.pack` makes it. net: the module that does it. vocab_size, context: what it was
@@ -27,8 +29,19 @@ class TextEncoder(nn.Module):
         self.vocab_size = vocab_size
         self.context = context
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.net(tokens)
+    def layers_after(self) -> dict[str, int]:
+        """Parameter's name in `net` -> how many layers stand between it and the features, its own included.
+
+        As `VisionEncoder` counts them: 1 for the last block and the norm behind it (GRU: for the GRU), most for the embeddings, of words
+        and of positions.
+        """
+        blocks = len(self.net.transformer.resblocks) if self.name == "transformer" else 1  # type: ignore[union-attr, arg-type]
+        layers = {}
+        for name, _ in self.net.named_parameters():
+            block = re.match(r"transformer\.resblocks\.(\d+)\.", name)
+            is_embedding = name.startswith(("token_embedding.", "positional_embedding"))
+            layers[name] = blocks + 1 if is_embedding else blocks - int(block[1]) if block else 1
+        return layers
 
     def set_activation_checkpointing(self, enable: bool = True) -> None:
         """Recompute activations in the backward pass. Raises ValueError for a network that does not offer it."""
