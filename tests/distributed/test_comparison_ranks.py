@@ -1,15 +1,19 @@
 """The objectives that VICReg is compared with: several ranks give the loss and the gradient of one process on the joined batch."""
 
+import shutil
 from unittest import mock
 
 import pytest
 import torch
 
 from tests.oracle import relative_error
+from tests.tiny import tiny_config
+from vicreg_mm import config as configs
 from vicreg_mm import distributed, objectives
 
 from .ranks import run_ranks
 from .test_objective_ranks import COLLECTIVES, LAYOUTS, TOLERANCE, own
+from .test_pretrain_ranks import final_model, lines, resume, train_all
 
 CASES = {
     "barlow_twins, N < D": ("barlow_twins", {}, 40),
@@ -119,3 +123,26 @@ def test_a_global_batch_of_one_row_is_an_error_on_every_rank(on_ranks, name):
 
 def test_all_ranks_take_the_same_slices(on_ranks):
     assert all(torch.equal(rank["slices"], later_slices()) for rank in on_ranks)
+
+
+def train_and_resume(whole, again):
+    """A run, and a copy of it that is resumed as if killed before its last checkpoint; one process group for both, which costs half."""
+    train_all([whole])
+    if distributed.is_main():
+        shutil.copytree(whole.run, again.run)
+        shutil.rmtree(f"{again.run}/checkpoints/step-00000004")
+    distributed.barrier()
+    train_all([resume(again)])
+
+
+def test_a_resumed_run_of_sigreg_is_the_uninterrupted_one_bit_for_bit(digits, tmp_path):
+    def config(name):
+        objective = configs.ObjectiveConfig(name="sigreg", options={"num_slices": 16})
+        return tiny_config(digits["train"], tmp_path / name, objective=objective, steps=4, checkpoint__every_steps=2, checkpoint__keep=9)
+
+    whole, again = config("whole"), config("again")
+    run_ranks(train_and_resume, 2, whole, again)
+    expected, found = final_model(whole), final_model(again)
+    assert expected["objective.steps_done"] == 4
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert lines(again.run) == lines(whole.run)
