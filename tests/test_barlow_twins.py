@@ -118,11 +118,21 @@ def test_only_the_views_that_want_a_gradient_get_one():
     assert a.grad is not None and b.grad is None
 
 
+def test_bfloat16_embeddings_give_the_float32_loss_of_their_values():
+    a, b = (z.bfloat16().requires_grad_() for z in batch(*SHAPES["N < D"]))
+    loss = scored(a, b).loss
+    assert loss.dtype is torch.float32
+    assert relative_error(loss, scored(a.detach().double(), b.detach().double()).loss) <= 1e-6
+    loss.backward()
+    assert a.grad.dtype is b.grad.dtype is torch.bfloat16
+
+
 def test_under_autocast_the_loss_is_computed_in_float32():
-    a, b = (z.float() for z in batch(24, 9))
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(scored(a, b).loss, scored(*(z.float() for z in batch(24, 9))).loss)
-    assert torch.equal(scored(a, b).loss, scored(*(z.float() for z in batch(24, 9))).loss)
+    for shape in SHAPES.values():
+        a, b = (z.float() for z in batch(*shape))
+        with torch.autocast("cpu", torch.bfloat16):
+            inside = scored(a, b).loss
+        assert torch.equal(inside, scored(a, b).loss)
 
 
 @pytest.mark.parametrize(

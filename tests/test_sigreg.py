@@ -80,7 +80,7 @@ def test_the_loss_is_lightlys(monkeypatch):
 
 def test_the_statistic_of_collapsed_embeddings_is_the_integral_over_one_minus_phi_squared():
     z = torch.zeros(10, 6, dtype=torch.float64)
-    out = objectives.build("sigreg", num_points=4001)({"global_0": z, "global_1": z})
+    out = objectives.build("sigreg", num_points=101)({"global_0": z, "global_1": z})
     # N int (1 - exp(-t^2/2))^2 exp(-t^2/2) dt over all t, of which the part outside of -5..5 is 1e-6
     integral = math.sqrt(2 * math.pi) * (1 - 2 / math.sqrt(2) + 1 / math.sqrt(3))
     assert out.terms["sigreg"].item() == pytest.approx(10 * integral, rel=1e-4)
@@ -149,6 +149,15 @@ def test_the_logged_spread_is_that_of_the_embeddings():
     logs = objectives.build("sigreg")(views).logs
     assert logs["std_mean/global_1"].item() == pytest.approx(views["global_1"].std(0).mean().item(), rel=1e-12)
     assert logs["std_max"].item() == pytest.approx(max(z.std(0).max().item() for z in views.values()), rel=1e-12)
+
+
+def test_bfloat16_embeddings_give_the_float32_loss_of_their_values():
+    objective, views = objectives.build("sigreg"), {view: z.bfloat16().requires_grad_() for view, z in batch().items()}
+    loss = objective(views).loss
+    assert loss.dtype is torch.float32
+    assert relative_error(loss, objective({view: z.detach().double() for view, z in views.items()}).loss) <= 1e-6
+    loss.backward()
+    assert views["global_1"].grad.dtype is torch.bfloat16
 
 
 def test_under_autocast_the_loss_is_computed_in_float32():

@@ -86,11 +86,27 @@ def test_the_logged_spread_is_that_on_the_unit_sphere():
     assert scored(5 + 0.01 * a, 5 + 0.01 * b).logs["collapsed_dims"] == 1
 
 
+def test_row_weights_are_not_used():
+    a, b = batch()
+    objective, views = objectives.build("simclr"), {"global_0": a, "global_1": b}
+    weighted = objective(views, {"row_weights": {"global_0": torch.full((9,), 0.5)}})
+    assert torch.equal(weighted.loss, objective(views).loss)
+
+
 def test_only_the_views_that_want_a_gradient_get_one():
     a, b = batch()
     a.requires_grad_()
     scored(a, b).loss.backward()
     assert a.grad is not None and b.grad is None
+
+
+def test_bfloat16_embeddings_give_the_float32_loss_of_their_values():
+    a, b = (z.bfloat16().requires_grad_() for z in batch())
+    loss = scored(a, b).loss
+    assert loss.dtype is torch.float32
+    assert relative_error(loss, scored(a.detach().double(), b.detach().double()).loss) <= 1e-6
+    loss.backward()
+    assert a.grad.dtype is b.grad.dtype is torch.bfloat16
 
 
 def test_under_autocast_the_loss_is_computed_in_float32():

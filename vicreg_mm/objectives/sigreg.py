@@ -109,8 +109,8 @@ class SIGReg(nn.Module):
     def __init__(self, num_local: int, lambda_: float, num_slices: int, num_points: int, max_t: float):
         super().__init__()
         for name, value, least in (("num_local", num_local, 0), ("num_slices", num_slices, 1), ("num_points", num_points, 3)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"{name} = {value!r}; it is an integer from {least} on")
+            if value < least:
+                raise ValueError(f"{name} = {value}; it is an integer from {least} on")
         if not 0 <= lambda_ <= 1:
             raise ValueError(f"lambda_ = {lambda_}; the share of SIGReg in the loss lies between 0 and 1")
         if not (math.isfinite(max_t) and max_t > 0):
@@ -168,8 +168,8 @@ def sigreg(num_local: int = 0, lambda_: float = 0.05, num_slices: int = 1024, nu
     """LeJEPA. Views global_0, global_1 and local_0 .. local_(n-1) agree with the mean of the globals, and each is an isotropic Gaussian.
 
     L = (1 - lambda) inv + lambda sigreg, over the batch of all ranks. Call `after_step` after each step: the slices are others in each.
-    num_local: n (6 in the source). lambda_: the share of SIGReg in the loss. num_slices: the number M of random directions a step.
-    num_points: of the trapezoidal rule from -max_t to max_t. max_t: T, where the integral over t ends.
+    num_local: the number n of local views, 6 in the source. lambda_: the share of SIGReg in the loss. num_slices: random directions a step, M.
+    num_points: those of the trapezoidal rule, from -max_t to max_t. max_t: T, where the integral over t ends.
     Raises ValueError for a lambda_ outside of 0 to 1, numbers that are no counts, a max_t that is not positive.
     Source: LeJEPA (arXiv:2511.08544), the definition of SIGReg, eq. 7 and Algorithms 1 and 2. inv is the mean over D, as in Algorithm 2;
     eq. 7 sums over D. All views of a step share their slices, as there.
