@@ -168,7 +168,7 @@ def sigreg(num_local: int = 0, lambda_: float = 0.05, num_slices: int = 1024, nu
     """LeJEPA. Views global_0, global_1 and local_0 .. local_(n-1) agree with the mean of the globals, and each is an isotropic Gaussian.
 
     L = (1 - lambda) inv + lambda sigreg, over the batch of all ranks. Call `after_step` after each step: the slices are others in each.
-    num_local: the number n of local views, 6 in the source. lambda_: the share of SIGReg in the loss. num_slices: random directions a step, M.
+    num_local: the number of local views, 6 in the source. lambda_: the share of SIGReg in the loss. num_slices: directions a step, M.
     num_points: those of the trapezoidal rule, from -max_t to max_t. max_t: T, where the integral over t ends.
     Raises ValueError for a lambda_ outside of 0 to 1, numbers that are no counts, a max_t that is not positive.
     Source: LeJEPA (arXiv:2511.08544), the definition of SIGReg, eq. 7 and Algorithms 1 and 2. inv is the mean over D, as in Algorithm 2;
