@@ -19,22 +19,36 @@ from vicreg_mm import config as configs
 from vicreg_mm import objectives
 from vicreg_mm.assemble import build_model, needs_of, open_tokenizer
 from vicreg_mm.command_line import parse, smoke_profile
+from vicreg_mm.evaluation_config import EvaluationProgram
 from vicreg_mm.input.presets import policy_of
 from vicreg_mm.launch import deepspeed_settings
 from vicreg_mm.optim import build_optimizer, parameter_groups
 
 ROOT = Path(__file__).parent.parent
-RECIPES = sorted(path for path in (ROOT / "recipes").glob("*.py"))
+PAGES = sorted((ROOT / "recipes").glob("*.py"))
 
 
 def recipe(name):
     spec = importlib.util.spec_from_file_location(f"recipe_{name}", ROOT / "recipes" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    sys.path.insert(0, str(ROOT / "recipes"))  # as for a script: a recipe of evaluation trains another recipe's smoke profile
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(ROOT / "recipes"))
     return module.CONFIG
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+RECIPES = [path for path in PAGES if isinstance(recipe(path.stem), configs.RunConfig)]
+EVALUATIONS = [path for path in PAGES if path not in RECIPES]
+
+
+def test_every_recipe_trains_or_evaluates():
+    assert [path.stem for path in EVALUATIONS] == ["retrieval", "zero_shot"]
+    assert all(isinstance(recipe(path.stem), EvaluationProgram) for path in EVALUATIONS)
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
 def test_a_recipe_is_a_page_with_its_command_its_sources_and_what_to_expect(path):
     text = path.read_text()
     assert len(text.splitlines()) < 80

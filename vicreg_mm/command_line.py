@@ -1,4 +1,5 @@
-"""The command line of a recipe: its configuration with a user's options, in the smoke profile where it names no data."""
+"""The command line of a recipe, of pretraining or of evaluation: its configuration with a user's options, in the smoke profile where it
+names no data."""
 
 import contextlib
 import dataclasses
@@ -6,9 +7,14 @@ import difflib
 import io
 import itertools
 import json
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
-from vicreg_mm.config import BUILTIN_DIGITS, ConfigError, EvaluationConfig, MonitorConfig, RunConfig, check, to_flat
+from vicreg_mm.config import BUILTIN_DIGITS, ConfigError, EvaluationConfig, MonitorConfig, RunConfig, check
+from vicreg_mm.evaluation_config import EvaluationProgram
+
+Program = TypeVar("Program", bound=EvaluationProgram)
+Config = TypeVar("Config", bound=RunConfig | EvaluationProgram)
 
 
 def smoke_profile(config: RunConfig) -> RunConfig:
@@ -59,9 +65,9 @@ def parse(recipe: RunConfig, arguments: list[str]) -> RunConfig:
     Options of the objective that the recipe does not set are taken as --objective.options.NAME VALUE; the launcher's
     --local_rank is dropped. Raises ConfigError for an unknown option and for a malformed value.
     """
-    config = _override(recipe, arguments)
+    config = _with_objective(recipe, arguments)
     if config.smoke or not config.input.shards:
-        config = _override(smoke_profile(recipe), arguments)  # the options act on the profile
+        config = _with_objective(smoke_profile(recipe), arguments)  # the options act on the profile
     if not config.num_local:
         for word in arguments:
             if word.replace("-", "_").startswith("__input.local_"):
@@ -70,14 +76,47 @@ def parse(recipe: RunConfig, arguments: list[str]) -> RunConfig:
     return config
 
 
-def _override(recipe: RunConfig, arguments: list[str]) -> RunConfig:
+def parse_program(recipe: Program, arguments: list[str]) -> Program:
+    """`parse` for a program of evaluation: the smoke profile where neither encoder nor data are named.
+
+    Raises ConfigError for the same, and where only one of the two is named.
+    """
+    config, _ = _override(recipe, arguments)
+    needed = ("encoder", *recipe.sets)
+    if config.smoke or not any(getattr(config, name) for name in needed):
+        config, _ = _override(recipe.miniature(), arguments)
+        needed = recipe.sets
+    for name in needed:
+        if not getattr(config, name):
+            raise ConfigError(
+                f"{name} is missing: give --{name}, or neither of {', '.join(f'--{n}' for n in needed)} for the smoke profile"
+            )
+    config.check()
+    return config
+
+
+def boxed(lines: Sequence[str]) -> str:
+    """Lines of text in a box, so that they are not overlooked."""
+    width = max(map(len, lines))
+    rule = "+" + "-" * (width + 2) + "+"
+    return "\n".join([rule, *(f"| {line.ljust(width)} |" for line in lines), rule])
+
+
+def _with_objective(recipe: RunConfig, arguments: list[str]) -> RunConfig:
+    config, given = _override(recipe, arguments, open_ended="objective.options")
+    own = config.objective.options if config.objective.name == recipe.objective.name else {}  # options belong to one objective
+    return dataclasses.replace(config, objective=dataclasses.replace(config.objective, options={**own, **given}))
+
+
+def _override(recipe: Config, arguments: list[str], open_ended: str = "") -> tuple[Config, dict[str, Any]]:
+    """A recipe's dataclass with a user's options, and what he gave below `open_ended`, where any name will do."""
     import tyro
 
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
             config, unknown = tyro.cli(
-                RunConfig, prog=f"deepspeed recipes/{recipe.name}.py", default=recipe, args=arguments, return_unknown_args=True
+                type(recipe), prog=f"deepspeed recipes/{recipe.name}.py", default=recipe, args=arguments, return_unknown_args=True
             )
     except SystemExit as stop:
         if not stop.code:
@@ -85,21 +124,29 @@ def _override(recipe: RunConfig, arguments: list[str]) -> RunConfig:
         box = [line.strip("│ ") for line in complaint.getvalue().splitlines()[1:]]
         message = list(itertools.takewhile(lambda line: line.strip("─╰╯"), box))
         raise ConfigError(" ".join(message).rstrip(".")) from None
-    own = config.objective.options if config.objective.name == recipe.objective.name else {}  # options belong to one objective
-    options = {**own, **_objective_options(unknown)}
-    return dataclasses.replace(config, objective=dataclasses.replace(config.objective, options=options))
+    return config, _left_over(unknown, _option_names(recipe), open_ended)
 
 
-def _objective_options(unknown: list[str]) -> dict[str, Any]:
+def _option_names(recipe: Any) -> list[str]:
+    """The dotted names of a dataclass's options, of the nested ones, too."""
+    names = []
+    for field in dataclasses.fields(recipe):
+        value = getattr(recipe, field.name)
+        names += [f"{field.name}.{inner}" for inner in _option_names(value)] if dataclasses.is_dataclass(value) else [field.name]
+    return names
+
+
+def _left_over(unknown: list[str], known: list[str], open_ended: str) -> dict[str, Any]:
+    """The options below `open_ended` among those that the dataclass does not have; all others are errors but the launcher's."""
     options: dict[str, Any] = {}
     words = iter(unknown)
-    prefix = "--objective.options."
+    prefix = f"--{open_ended}."
     for word in words:
         name, equals, value = word.partition("=")
         if name.replace("-", "_") == "__local_rank":
             if not equals:
                 next(words, None)
-        elif name.startswith(prefix):
+        elif open_ended and name.startswith(prefix):
             value = value if equals else next(words, "")
             if not value:
                 raise ConfigError(f"option {name} lacks a value")
@@ -113,7 +160,7 @@ def _objective_options(unknown: list[str]) -> dict[str, Any]:
                 "as --engine.no-activation-checkpointing"
             )
         else:
-            known = [f"--{key}" for key in to_flat(RunConfig(name="")) if key != "name"]
-            close = difflib.get_close_matches(name.replace("-", "_").replace("__", "--", 1), known, n=3, cutoff=0.5)
+            named = [f"--{key}" for key in known if key != "name"]
+            close = difflib.get_close_matches(name.replace("-", "_").replace("__", "--", 1), named, n=3, cutoff=0.5)
             raise ConfigError(f"unknown option {name}; " + (f"closest: {', '.join(close)}" if close else "--help lists all"))
     return options

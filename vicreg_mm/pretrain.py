@@ -13,8 +13,8 @@ import torch
 from vicreg_mm import config as configs
 from vicreg_mm import distributed
 from vicreg_mm.assemble import build_model, needs_of, open_data, open_tokenizer, recompute_activations, start_from_weights
-from vicreg_mm.command_line import parse
-from vicreg_mm.config import BUILTIN_DIGITS, ConfigError, RunConfig
+from vicreg_mm.command_line import boxed, parse
+from vicreg_mm.config import ConfigError, RunConfig
 from vicreg_mm.optim import Schedule
 
 RESULTS = "evaluation.json"
@@ -32,12 +32,12 @@ def _main(recipe: RunConfig, arguments: list[str]) -> None:
         _say_smoke(recipe)
     device = distributed.start()
     try:
-        loaders = open_evaluation(config)
+        loaders, pairs = open_evaluation(config), open_pair_evaluation(config)
         run = pretrain(config, device)
         if loaders is not None:
             evaluate(config, run, loaders, device)
-            if needs_of(config).texts:
-                evaluate_pairs(config, run, loaders[1], device)
+        if pairs is not None:
+            evaluate_pairs(run, pairs, device)
         if distributed.is_main():
             print(f"run: {run}\nencoder: {run / 'encoder.safetensors'}", flush=True)
     finally:
@@ -50,11 +50,7 @@ def _say_smoke(recipe: RunConfig) -> None:
         f"For the real run:  deepspeed recipes/{recipe.name}.py --input.shards FOLDER_OF_SHARDS",
         "data/README.md says how to make shards from ImageNet or any folder of images.",
     ]
-    width = max(map(len, lines))
-    print(
-        "\n".join(["+" + "-" * (width + 2) + "+", *(f"| {line.ljust(width)} |" for line in lines), "+" + "-" * (width + 2) + "+"]),
-        flush=True,
-    )
+    print(boxed(lines), flush=True)
 
 
 def pretrain(config: RunConfig, device: torch.device) -> Path:
@@ -154,28 +150,55 @@ def schedule_of(config: RunConfig, steps_per_epoch: int) -> Schedule:
 def open_evaluation(config: RunConfig) -> tuple[Any, Any] | None:
     """The loaders of the two labelled sets of the table at the end, or None where none is asked for; opened before the training, so that
     a mistake in them is not found after it. Raises ValueError for sets without labels, and for two that are the same."""
-    if not config.evaluation.train:
-        return None
-    from vicreg_mm.input.builtin import shard_folder
-    from vicreg_mm.input.loader import LabelledLoader
-    from vicreg_mm.input.shards import ShardIndex
-    from vicreg_mm.input.views import EvalTransform
-
     names = (config.evaluation.train, config.evaluation.test)
-    train, test = (ShardIndex.open(shard_folder(name), cache_dir=config.input.cache or None) for name in names)
+    if not all(names):
+        if names[1] and not needs_of(config).texts:
+            raise ConfigError("evaluation.train and evaluation.test go together: one of them is empty")
+        return None
+    train, test = (_open_index(config, name) for name in names)
     for name, index in zip(names, (train, test), strict=True):
         if not index.has_labels:
             raise ConfigError(f"the shards of evaluation {name} have no labels (KEY.cls); the table needs them")
     if train.edition == test.edition:
         raise ConfigError(f"evaluation.train {names[0]} and evaluation.test {names[1]} are the same images: nothing is held out")
-    return tuple(
-        LabelledLoader(
-            index, EvalTransform(config.input.image_size), 256, rank=distributed.rank(), world_size=distributed.world_size(),
-            workers=min(config.input.workers, 4), limit=limit,
-            cache_dir=config.input.cache or None, cache_bytes=int(config.input.cache_gib * 2**30),
-        )
-        for index, limit in ((train, config.evaluation.limit), (test, 0))
-    )  # type: ignore[return-value]  # fmt: skip
+    return _loader(config, train, limit=config.evaluation.limit), _loader(config, test)
+
+
+def open_pair_evaluation(config: RunConfig) -> tuple[Any, Any] | None:
+    """The loader of the images and captions that are held out, and the prompts of their classes (None: no labels, or no names), where the
+    objective takes texts; else None. Opened before the training, too. Raises ValueError for a set without captions that has no other use,
+    and for class names without labels."""
+    e = config.evaluation
+    if not e.test or not needs_of(config).texts:
+        return None
+    from vicreg_mm.evaluation.zero_shot import load_prompts
+
+    index = _open_index(config, e.test)
+    if e.class_names and not index.has_labels:
+        raise ConfigError(f"evaluation.class_names {e.class_names} has no effect: the shards of {e.test} have no labels (KEY.cls)")
+    if not index.has_captions:
+        if e.train:
+            return None
+        raise ConfigError(f"the shards of evaluation {e.test} have no captions; without evaluation.train there is no other use of them")
+    return _loader(config, index, captions=True), load_prompts(e.test, e.class_names, e.templates) if index.has_labels else None
+
+
+def _open_index(config: RunConfig, name: str) -> Any:
+    from vicreg_mm.input.builtin import shard_folder
+    from vicreg_mm.input.shards import ShardIndex
+
+    return ShardIndex.open(shard_folder(name), cache_dir=config.input.cache or None)
+
+
+def _loader(config: RunConfig, index: Any, limit: int = 0, captions: bool = False) -> Any:
+    from vicreg_mm.input.loader import LabelledLoader
+    from vicreg_mm.input.views import EvalTransform
+
+    return LabelledLoader(
+        index, EvalTransform(config.input.image_size), 256, rank=distributed.rank(), world_size=distributed.world_size(),
+        workers=min(config.input.workers, 4), limit=limit, captions=captions,
+        cache_dir=config.input.cache or None, cache_bytes=int(config.input.cache_gib * 2**30),
+    )  # fmt: skip
 
 
 def evaluate(config: RunConfig, run: Path, loaders: tuple[Any, Any], device: torch.device) -> None:
@@ -222,41 +245,16 @@ def _given_encoder(config: RunConfig) -> Any:
     return encoder
 
 
-def evaluate_pairs(config: RunConfig, run: Path, loader: Any, device: torch.device) -> None:
-    """Print retrieval and zero-shot accuracy on the held-out set, and keep them as image_text.json in the run directory."""
-    from vicreg_mm import checkpoint
-    from vicreg_mm.evaluation.pairs import embed_pairs, embed_texts, image_text_report, image_text_table
-    from vicreg_mm.evaluation.zero_shot import check_class_names, class_embeddings
-    from vicreg_mm.input.shards import Reader
+def evaluate_pairs(run: Path, pairs: tuple[Any, Any], device: torch.device) -> None:
+    """Print retrieval and zero-shot accuracy on the held-out set of `open_pair_evaluation`, with each output of the model that can be
+    compared, and keep them, by output, as image_text.json in the run directory."""
+    from vicreg_mm.evaluation.image_text import load_run, of_model, outputs_of
+    from vicreg_mm.evaluation.pairs import compare, image_text_table
 
-    if not loader.index.has_captions:
-        return
     begun = time.perf_counter()
-    last = checkpoint.existing(run)[-1]
-    tokenizer, context = checkpoint.read_tokenizer(last), config.text.context
-    model = build_model(config, tokenizer)
-    checkpoint.load_model(model, last)
-    model.to(device)
-    reader = Reader(loader.index, config.input.cache or None, int(config.input.cache_gib * 2**30))
-    pairs = embed_pairs(model, loader, reader, tokenizer, context, device)
-    names, templates = class_prompts(config)
-    classes = None
-    if names:
-        check_class_names(names, pairs.labels, config.evaluation.class_names or "classes.json")
-        classes = class_embeddings(lambda texts: embed_texts(model, texts, tokenizer, context, device), names, templates)
+    model, tokenizer, _ = load_run(run)
+    model = model.to(device)
+    reports = {output: compare(of_model(model, tokenizer, output, device), *pairs) for output in outputs_of(model)}
     if distributed.is_main():
-        report = image_text_report(pairs, classes)
-        (run / IMAGE_TEXT_RESULTS).write_text(json.dumps(report, indent=2) + "\n")
-        print(f"{image_text_table(report)}\n({time.perf_counter() - begun:.0f} s)\n", flush=True)
-
-
-def class_prompts(config: RunConfig) -> tuple[list[str], list[str]]:
-    """Class names ([] where there are none) and prompt templates of zero-shot classification."""
-    from vicreg_mm.evaluation.zero_shot import load_class_names, load_templates
-    from vicreg_mm.input.builtin import CLASSES, PHRASES, shard_folder
-
-    e = config.evaluation
-    beside = Path(shard_folder(e.test)) / CLASSES
-    source = e.class_names or (str(beside) if beside.is_file() else "")
-    templates = list(PHRASES) if e.templates == BUILTIN_DIGITS else load_templates(e.templates)
-    return (load_class_names(source) if source else []), templates
+        (run / IMAGE_TEXT_RESULTS).write_text(json.dumps(reports, indent=2) + "\n")
+        print(f"{image_text_table(reports)}\n({time.perf_counter() - begun:.0f} s)\n", flush=True)

@@ -9,9 +9,7 @@ from vicreg_mm.evaluation.features import check_features, check_pair
 CHUNK_ELEMENTS = 2**26  # similarities held at once: 256 MiB in float32 (assumed)
 
 
-def knn_predictions(
-    train_features: Tensor, train_labels: Tensor, test_features: Tensor, k: int = 20, temperature: float = 0.07
-) -> Tensor:
+def knn_predictions(train_features: Tensor, train_labels: Tensor, test_features: Tensor, k: int = 20, temperature: float = 0.07) -> Tensor:
     """The class of each test row by a weighted vote of its k nearest train rows: [M], int64.
 
     Similarity is the cosine s; a neighbour votes exp(s / temperature) for its class; on a tie the lower class wins. Exact, a chunk of

@@ -1,126 +1,179 @@
-"""Embeddings of the images and the captions of a set, in the space in which a model compares them, on one rank or many."""
+"""Embeddings of the images and the captions of a set, in the space in which a model compares them, and what is measured on them."""
 
-from collections.abc import Iterable, Sequence
+import logging
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from vicreg_mm import distributed
-from vicreg_mm.evaluation.features import evaluating
+from vicreg_mm import distributed, gauges
+from vicreg_mm.evaluation.image_text import ImageTextModel
+from vicreg_mm.evaluation.retrieval import chance, retrieval, retrieval_table
+from vicreg_mm.evaluation.zero_shot import Prompts, class_embeddings, zero_shot, zero_shot_table
 from vicreg_mm.input.batch import Batch
-from vicreg_mm.input.shards import Reader
-from vicreg_mm.input.tokenizers import Tokenizer, pack
-from vicreg_mm.model import PretrainModel
 
 TEXTS_AT_ONCE = 1024
+RANKED = 25_600  # rows of which an effective rank is taken, evenly spaced (RankMe, arXiv:2210.02885, takes so many)
+
+log = logging.getLogger(__name__)
 
 
 class Pairs(NamedTuple):
-    """N images and their M captions, on the CPU, the same on every rank."""
+    """N images and their M captions, on the CPU, the same on every rank; how many records and captions of the set are not among them."""
 
     images: Tensor  # [N, D] float32
     texts: Tensor  # [M, D] float32
     image_of_text: Tensor  # [M] int64, the row of a caption's image
     labels: Tensor  # [N] int64, -1 where a record has none
+    num_bad: int = 0  # records that could not be read
+    num_blank: int = 0  # captions that show nothing
 
     def captioned(self) -> "Pairs":
         """Without the images that have no caption, which retrieval cannot ask for."""
         kept = torch.bincount(self.image_of_text, minlength=len(self.images)) > 0
         place = torch.cumsum(kept, 0) - 1
-        return Pairs(self.images[kept], self.texts, place[self.image_of_text], self.labels[kept])
+        return self._replace(images=self.images[kept], image_of_text=place[self.image_of_text], labels=self.labels[kept])
+
+    def sizes(self) -> dict[str, int]:
+        """What is there and what was left out, by name."""
+        silent = len(self.images) - len(self.image_of_text.unique())
+        return {
+            "num_images": len(self.images), "num_texts": len(self.texts), "num_images_without_caption": silent,
+            "num_images_without_label": int((self.labels < 0).sum()), "num_bad_records": self.num_bad, "num_blank_captions": self.num_blank,
+        }  # fmt: skip
 
 
-@torch.no_grad()
-def embed_texts(model: PretrainModel, texts: Sequence[str], tokenizer: Tokenizer, context: int, device: torch.device) -> Tensor:
-    """Embeddings [M, D] of texts as they are, on the CPU. A text that says nothing to the tokenizer is start and end alone."""
-    parts = []
-    with evaluating(model):
-        for first in range(0, len(texts), TEXTS_AT_ONCE):
-            rows = [pack(tokenizer.encode(text), context, tokenizer) for text in texts[first : first + TEXTS_AT_ONCE]]
-            parts.append(model.embed_texts(torch.from_numpy(np.stack(rows)).to(device)).float().cpu())
-    return torch.cat(parts)
+def embed_pairs(model: ImageTextModel, loader: Iterable[Batch], texts: bool = True) -> Pairs:
+    """Every image of the loaders of all ranks, and all its captions. All ranks must call it; each calls the encoders equally often.
 
-
-@torch.no_grad()
-def embed_pairs(
-    model: PretrainModel, loader: Iterable[Batch], reader: Reader, tokenizer: Tokenizer, context: int, device: torch.device
-) -> Pairs:
-    """Every image of the loaders of all ranks, and all its captions. All ranks must call it.
-
-    loader: this rank's images with the view "image" and their rows, in as many batches as every other rank's (`LabelledLoader`).
-    Captions without a visible character are left out. Raises ValueError for a set without images or captions.
+    loader: this rank's images with the view "image", transformed as the model wants them, and with their captions, in as many batches
+    as every other rank's (`LabelledLoader` with captions). texts: whether to embed captions.
+    Raises ValueError, on every rank, for a set without images, or with `texts` without a caption that shows something.
     """
-    images, labels, texts, owners = [], [], [], []
-    count = 0
+    images, labels, captions, owners, bad = [], [], list[str](), list[int](), list[str]()
+    count = num_blank = 0
     for batch in loader:
-        with evaluating(model):
-            images.append(model.embed_images(batch.views["image"].to(device, non_blocking=True)).float())
-        labels.append(torch.full((len(batch.rows),), -1) if batch.labels is None else batch.labels)
-        for row in batch.rows.tolist():
-            captions = [caption for caption in reader.read(row).captions if tokenizer.encode(caption)]
-            texts += captions
-            owners += [count] * len(captions)
+        view = batch.views["image"]
+        # an encoder may have collectives of its own (ZeRO 3), so every rank calls it for every batch
+        rows = model.embed_images(view if len(view) else view.new_zeros(1, *view.shape[1:]))
+        images.append(rows[: len(view)].cpu())
+        labels.append(torch.full((len(view),), -1) if batch.labels is None else batch.labels.cpu())
+        for found in batch.captions or () if texts else ():
+            captions += found
+            owners += [count] * len(found)
             count += 1
-    own_texts = embed_texts(model, texts, tokenizer, context, device) if texts else images[0].new_zeros(0, images[0].shape[1]).cpu()
-    counts = distributed.exchange_counts(count, device)
+        bad += batch.bad
+        num_blank += batch.num_blank
+    if bad:
+        log.warning("left out %d bad records; the first: %s", len(bad), bad[0])
+    own_images = torch.cat(images)
+    del images
+    device = model.device
+    own = len(own_images), len(captions), len(bad), num_blank
+    counts, text_counts, bads, blanks = (distributed.exchange_counts(number, device) for number in own)
+    if not sum(counts) or (texts and not sum(text_counts)):
+        raise ValueError(
+            f"the set has {sum(counts)} images that can be used and {sum(text_counts)} captions that show something; both are needed to "
+            f"compare them ({sum(bads)} bad records, {sum(blanks)} blank captions)"
+        )
+    own_texts = _embed_texts(model, captions, max(text_counts), own_images.shape[1])
     before = sum(counts[: distributed.rank()])
-    pairs = Pairs(
-        _joined(torch.cat(images), device),
-        _joined(own_texts, device),
-        _joined(torch.tensor(owners, dtype=torch.int64) + before, device),
-        _joined(torch.cat(labels), device),
+    return Pairs(
+        _gathered(own_images, counts, device),
+        _gathered(own_texts, text_counts, device),
+        _gathered(torch.tensor(owners, dtype=torch.int64) + before, text_counts, device),
+        _gathered(torch.cat(labels), counts, device),
+        sum(bads),
+        sum(blanks),
     )
-    if not len(pairs.images) or not len(pairs.texts):
-        raise ValueError(f"the set has {len(pairs.images)} images and {len(pairs.texts)} captions; both are needed to compare them")
-    return pairs
 
 
-def _joined(rows: Tensor, device: torch.device) -> Tensor:
+def _embed_texts(model: ImageTextModel, texts: list[str], most: int, width: int) -> Tensor:
+    """[M, width] on the CPU, in as many calls as the rank with `most` texts needs."""
+    found = torch.empty(len(texts), width)
+    for first in range(0, most, TEXTS_AT_ONCE):
+        part = texts[first : first + TEXTS_AT_ONCE]
+        found[first : first + len(part)] = model.embed_texts(part or [""])[: len(part)].cpu()
+    return found
+
+
+def _gathered(rows: Tensor, counts: list[int], device: torch.device) -> Tensor:
     """The rows of all ranks, on the CPU; over `device`, since a process group may know no other."""
-    return distributed.gather_rows(rows.to(device), distributed.exchange_counts(len(rows), device)).cpu()
+    return distributed.gather_rows(rows.to(device), counts).cpu()
 
 
-def image_text_report(pairs: Pairs, classes: Tensor | None = None) -> dict[str, Any]:
+def compare(model: ImageTextModel, loader: Iterable[Batch], prompts: Prompts | None = None) -> dict[str, Any]:
+    """`image_text_report` of a model on a set, the same on every rank; all ranks must call it. Arguments as of `embed_pairs`.
+
+    prompts: zero-shot classification with these. Raises ValueError as `embed_pairs`, and for labels that have no name.
+    """
+    pairs, classes = embed_pairs(model, loader), None
+    if prompts is not None:
+        prompts.check(pairs.labels)
+        classes = class_embeddings(model.embed_texts, prompts.names, prompts.templates)
+    return image_text_report(pairs, classes, model.device)
+
+
+def image_text_report(pairs: Pairs, classes: Tensor | None = None, device: torch.device | str = "cpu") -> dict[str, Any]:
     """Retrieval in both directions beside chance and, with class embeddings [C, D], zero-shot accuracy: rows of plain data.
 
     Each with the embeddings as they are and, as `centred`, less the mean of their modality, since the two modalities lie apart.
+    device: computes. All ranks must call it.
     """
-    from vicreg_mm import gauges
-    from vicreg_mm.evaluation.retrieval import chance, retrieval
-    from vicreg_mm.evaluation.zero_shot import zero_shot
-
     own = pairs.captioned()
+    searched = own.images.to(device), own.texts.to(device), own.image_of_text
     report: dict[str, Any] = {
         "retrieval": {
             "chance": chance(own.image_of_text, len(own.images)).as_dict(),
-            "as they are": retrieval(own.images, own.texts, own.image_of_text).as_dict(),
-            "centred": retrieval(own.images, own.texts, own.image_of_text, centre=True).as_dict(),
+            "as they are": retrieval(*searched).as_dict(),
+            "centred": retrieval(*searched, centre=True).as_dict(),
         },
-        "modality_gap": gauges.modality_gap(pairs.images, pairs.texts).item(),
-        "rank_images": gauges.rankme(pairs.images).item(),
-        "rank_texts": gauges.rankme(pairs.texts).item(),
+        **shape_of(pairs, device),
+        "sizes": pairs.sizes(),
     }
-    if classes is not None:
-        labelled = pairs.labels >= 0
-        report["zero_shot"] = {
-            name: zero_shot(pairs.images[labelled], pairs.labels[labelled], classes, centre=centre)
-            for name, centre in (("as they are", False), ("centred", True))
-        }
+    labelled = pairs.labels >= 0
+    if classes is not None and labelled.any():
+        known = pairs.images[labelled].to(device), pairs.labels[labelled].to(device), classes.to(device)
+        report["zero_shot"] = {"as they are": zero_shot(*known), "centred": zero_shot(*known, centre=True)}
     return report
 
 
-def image_text_table(report: dict[str, Any]) -> str:
-    """The report as fixed-width text."""
-    from vicreg_mm.evaluation.retrieval import retrieval_table
+def shape_of(pairs: Pairs, device: torch.device | str = "cpu") -> dict[str, float]:
+    """Modality gap, and the effective rank of images and of texts (on at most `RANKED` of each)."""
+    ranks = {name: gauges.rankme(_spread(rows).to(device)).item() for name, rows in (("images", pairs.images), ("texts", pairs.texts))}
+    gap = gauges.modality_gap(pairs.images, pairs.texts).item()
+    return {"modality_gap": gap, "rank_images": ranks["images"], "rank_texts": ranks["texts"]}
 
-    lines = [retrieval_table(report["retrieval"]), ""]
-    for name, row in report.get("zero_shot", {}).items():
-        interval = f"{100 * row['top_1_low']:.1f} to {100 * row['top_1_high']:.1f}"
-        lines.append(
-            f"zero-shot, {name}: {100 * row['top_1']:.1f} % ({interval}), chance {100 * row['top_1_chance']:.1f} %, "
-            f"{row['num_images']:,} images of {row['num_classes']} classes"
-        )
-    ranks = f"{report['rank_images']:.1f} of images, {report['rank_texts']:.1f} of texts"
-    return "\n".join([*lines, f"modality gap {report['modality_gap']:.3f}; effective rank (RankMe) {ranks}"])
+
+def _spread(rows: Tensor) -> Tensor:
+    count = min(len(rows), RANKED)
+    return rows[torch.arange(count) * len(rows) // count]
+
+
+def shape_line(shape: dict[str, float]) -> str:
+    """`shape_of` in words."""
+    ranks = f"{shape['rank_images']:.1f} of images, {shape['rank_texts']:.1f} of texts"
+    return f"modality gap {shape['modality_gap']:.3f}; effective rank (RankMe) {ranks}"
+
+
+def sizes_line(sizes: dict[str, int], texts: bool = True) -> str:
+    """What `Pairs.sizes` says was left out, in words; "" for nothing. texts: whether captions were wanted."""
+    words = {
+        "num_bad_records": "bad records", "num_images_without_caption": "images without a caption", "num_blank_captions": "blank captions"
+    }  # fmt: skip
+    found = [f"{sizes[name]:,} {what}" for name, what in words.items() if sizes[name] and (texts or name == "num_bad_records")]
+    return f"left out: {', '.join(found)}" if found else ""
+
+
+def image_text_table(reports: Mapping[Any, dict[str, Any]]) -> str:
+    """Reports on one set, by the output that was compared, as fixed-width text."""
+    first = next(iter(reports.values()))
+    found: dict[str, dict[str, Any]] = {"retrieval": {"chance": first["retrieval"]["chance"]}, "zero_shot": {}}
+    for output, report in reports.items():
+        for kind, rows in found.items():
+            if kind in report:
+                rows |= {output: report[kind]["as they are"], f"{output}, centred": report[kind]["centred"]}
+    tables = [retrieval_table(found["retrieval"]), *([zero_shot_table(found["zero_shot"])] if found["zero_shot"] else [])]
+    notes = [f"{output}: {shape_line(report)}" for output, report in reports.items()] + [sizes_line(first["sizes"])]
+    return "\n\n".join([*tables, "\n".join(filter(None, notes))])

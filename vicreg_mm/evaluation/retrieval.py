@@ -8,12 +8,14 @@ D), where a float32 product moves it by 1e-8 to 1e-7 (measured, D = 64 to 1024).
 Equal scores count as the mean over all orders in which they could be sorted, so a collapsed encoder is at chance (`chance`), not at 100 %.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from vicreg_mm import distributed
 
 CHUNK = 2048  # a block of float64 scores is 32 MiB (measured: on a CPU 4096 gains a fifth, for four times the memory)
 ROWS = 8192  # rows brought to fixed point at a time (assumed)
@@ -84,7 +86,7 @@ def retrieval(
     does the work, in float64; never more than `chunk` x `chunk` scores at once, each computed once for both directions.
     normalise: score by the cosine (zero rows have 0 with everything), else by the plain product, resolved to 2^-26 of the longest rows.
     centre: subtract each modality's own mean first, as the modality gap (arXiv:2203.02053) asks of embeddings trained without it.
-    On several ranks pass gathered embeddings; every rank returns the same.
+    On several ranks pass gathered embeddings; all must call it, each does a part of the work, and every rank returns the same.
     Raises ValueError for images without a caption, rows out of range, empty sets and embeddings that are not finite.
     Source: VSE++ (arXiv:1707.05612), section 4. Deviations: its code breaks ties by position and rounds the median rank down.
     """
@@ -122,16 +124,21 @@ def folds(
     Source: VSE++ (arXiv:1707.05612), section 4: the mean over 5 folds of 1,000 of Karpathy's 5,000 test images.
     """
     _check(images, texts, image_of_text, ks)
+    owner = image_of_text.to(images.device, torch.int64)
+    return Folds(tuple(
+        retrieval(images[start : start + size], texts[mine], owner[mine] - start, ks, normalise, centre, chunk)
+        for start, mine in _fold_rows(owner, len(images), size, num_folds)
+    ))  # fmt: skip
+
+
+def _fold_rows(owner: Tensor, num_images: int, size: int, num_folds: int) -> Iterator[tuple[int, Tensor]]:
+    """The first image of every fold, and which texts are its own."""
     if size < 1 or num_folds < 1:
         raise ValueError(f"{num_folds} folds of {size} images; at least one of each is needed")
-    if size * num_folds > len(images):
-        raise ValueError(f"{num_folds} folds of {size} images need {size * num_folds} images; there are {len(images)}")
-    owner = image_of_text.to(images.device, torch.int64)
-    found = []
+    if size * num_folds > num_images:
+        raise ValueError(f"{num_folds} folds of {size} images need {size * num_folds} images; there are {num_images}")
     for start in range(0, size * num_folds, size):
-        mine = (owner >= start) & (owner < start + size)
-        found.append(retrieval(images[start : start + size], texts[mine], owner[mine] - start, ks, normalise, centre, chunk))
-    return Folds(tuple(found))
+        yield start, (owner >= start) & (owner < start + size)
 
 
 def chance(image_of_text: Tensor, num_images: int, ks: Sequence[int] = (1, 5, 10)) -> Retrieval:
@@ -151,6 +158,13 @@ def chance(image_of_text: Tensor, num_images: int, ks: Sequence[int] = (1, 5, 10
         num_images,
         len(image_of_text),
     )
+
+
+def chance_of_folds(image_of_text: Tensor, num_images: int, size: int = 1000, num_folds: int = 5, ks: Sequence[int] = (1, 5, 10)) -> Folds:
+    """`chance` within each of the `folds`. Raises ValueError as these two."""
+    _check_owners(image_of_text, num_images)
+    found = _fold_rows(image_of_text, num_images, size, num_folds)
+    return Folds(tuple(chance(image_of_text[mine] - start, size, ks) for start, mine in found))
 
 
 def fixed_point(rows: Tensor, normalise: bool, centre: bool) -> Tensor:
@@ -199,13 +213,13 @@ def retrieval_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _count(x: Tensor, y: Tensor, best: Tensor, own: Tensor, chunk: int) -> list[tuple[Tensor, Tensor]]:
-    """For every image, then for every text: how many scores lie above its own, and how many are equal to it.
+    """For every image, then for every text: how many scores lie above its own, and how many are equal to it. Ranks share the columns.
 
     x, y: fixed point, [N, D] and [M, D]; best: [N], of an image's own captions; own: [M], of a text's own image.
     """
     above = [torch.zeros(len(rows), dtype=torch.int64, device=rows.device) for rows in (x, y)]
     level = [torch.zeros_like(counts) for counts in above]
-    for left in range(0, len(y), chunk):
+    for left in range(distributed.rank() * chunk, len(y), distributed.world_size() * chunk):
         columns = slice(left, left + chunk)
         part = y[columns].double().T
         for top in range(0, len(x), chunk):
@@ -215,6 +229,8 @@ def _count(x: Tensor, y: Tensor, best: Tensor, own: Tensor, chunk: int) -> list[
                 # int32 within a block: the CPU sums booleans to int64 many times more slowly (measured: 15 ns an element for 1)
                 above[side][block] += (scores > wanted).sum(dim, dtype=torch.int32)
                 level[side][block] += (scores == wanted).sum(dim, dtype=torch.int32)
+    for counts in (*above, *level):  # whole numbers: the sum does not depend on the number of ranks
+        distributed.sum_over_ranks(counts)
     return list(zip(above, level, strict=True))
 
 

@@ -6,7 +6,8 @@ Scores are exact and equal scores shared as in `retrieval`: with equal embedding
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from vicreg_mm.config import BUILTIN_DIGITS
 from vicreg_mm.evaluation.retrieval import check_embeddings, check_ks, fixed_point, hit_probability
+from vicreg_mm.input.builtin import CLASSES, PHRASES, shard_folder
 
 CHUNK_ELEMENTS = 2**22  # scores held at once: 32 MiB in float64 (assumed)
 Z95 = 1.959963984540054  # the 97.5 % point of the normal distribution
@@ -101,6 +104,22 @@ def wilson_interval(share: float, count: int, z: float = Z95) -> tuple[float, fl
     return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
 
 
+def zero_shot_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """Results of `zero_shot` on the same images with the same ks, by name, as fixed-width text in percent; chance first."""
+    first = next(iter(rows.values()))
+    ks = [key.removeprefix("top_").removesuffix("_chance") for key in first if key.endswith("_chance")]
+    lead = ks[0]
+    cells = [["zero-shot accuracy, %", *(f"top-{k}" for k in ks), f"95 % interval of top-{lead}", "mean per class"]]
+    cells.append(["chance", *(f"{100 * first[f'top_{k}_chance']:.1f}" for k in ks), "", f"{100 / first['num_classes']:.1f}"])
+    for name, row in rows.items():
+        interval = f"{100 * row[f'top_{lead}_low']:.1f} to {100 * row[f'top_{lead}_high']:.1f}"
+        cells.append([name, *(f"{100 * row[f'top_{k}']:.1f}" for k in ks), interval, f"{100 * row['mean_per_class']:.1f}"])
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["   ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in cells]
+    foot = f"{first['num_images']:,} images of {first['num_classes_seen']:,} of {first['num_classes']:,} classes"
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], "-" * len(lines[0]), foot])
+
+
 def load_templates(source: str | Path) -> list[str]:
     """Prompt templates, each with `{}` where the class name goes: "imagenet" (80), "simple" (7), or a file with one a line.
 
@@ -144,6 +163,32 @@ def load_class_names(source: str | Path, underscores_to_spaces: bool = False) ->
         labels = [label for label, other in enumerate(names) if other == name]
         raise ValueError(f"{source} names labels {labels[0]} and {labels[1]} both {name!r}; no text can tell them apart: rename one")
     return _words_of_wordnet_ids(names, source) if all(WORDNET_ID.fullmatch(name) for name in names) else names
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Class names in the order of the labels, templates, and where the names come from."""
+
+    names: list[str]
+    templates: list[str]
+    source: str
+
+    def check(self, labels: Tensor) -> None:
+        """Raise ValueError if a label has no name."""
+        check_class_names(self.names, labels, self.source)
+
+
+def load_prompts(shards: str, class_names: str, templates: str, underscores_to_spaces: bool = False) -> Prompts | None:
+    """Names and templates as `load_class_names` and `load_templates` know them, and "builtin:digits" for the digits' phrases.
+
+    class_names: "" for the classes.json beside the shards; None is returned where there is none.
+    """
+    beside = f"{shard_folder(shards)}/{CLASSES}"
+    source = class_names or (beside if Path(beside).is_file() else "")
+    if not source:
+        return None
+    found = list(PHRASES) if templates == BUILTIN_DIGITS else load_templates(templates)
+    return Prompts(load_class_names(source, underscores_to_spaces), found, class_names or CLASSES)
 
 
 def check_class_names(names: Sequence[str], labels: Tensor, source: str) -> None:

@@ -16,6 +16,7 @@ class Batch:
     views: by name, uint8 [n, 3, H, W] of images, int64 [n, context] of texts. rows: int64 [n], numbers of the samples in the set, -1 where
     samples have none (resampled shards). labels: int64 [n], -1 where a record has none; None in a set without labels. image_ids: int64
     [n], equal for equal image files (64 bits of their hash); None without texts. bad: one message for each record left out.
+    captions: of each record, as they are; None where views are made of them or nobody asked. num_blank: captions that show nothing.
     """
 
     views: dict[str, Tensor]
@@ -24,6 +25,8 @@ class Batch:
     attempted: int
     bad: tuple[str, ...] = ()
     image_ids: Tensor | None = None
+    captions: tuple[tuple[str, ...], ...] | None = None
+    num_blank: int = 0
 
     @property
     def num_samples(self) -> int:
@@ -53,6 +56,8 @@ class Tray:
         self._labels: list[int] = []
         self._image_ids: list[int] | None = [] if contexts else None
         self._bad: list[str] = []
+        self._captions: list[tuple[str, ...]] = []
+        self._num_blank = 0
 
     def put(self, views: dict[str, np.ndarray], row: int, label: int | None, image: bytes | None = None) -> None:
         """Lay down the views of a record. image: the file, by which duplicates are known; needed where there are texts."""
@@ -64,11 +69,16 @@ class Tray:
             digest = hashlib.blake2b(image or b"", digest_size=8).digest()
             self._image_ids.append(int.from_bytes(digest, "little", signed=True))
 
+    def put_captions(self, captions: tuple[str, ...], num_blank: int) -> None:
+        """Lay down the captions of the record that was put last; num_blank: how many more of them show nothing."""
+        self._captions.append(captions)
+        self._num_blank += num_blank
+
     def leave_out(self, message: str) -> None:
         self._bad.append(message)
 
-    def batch(self, labelled: bool) -> Batch:
-        """What lies on the tray; labelled: whether the set has labels."""
+    def batch(self, labelled: bool, captioned: bool = False) -> Batch:
+        """What lies on the tray; labelled: whether the set has labels; captioned: whether every record's captions were put."""
         good = len(self._rows)
         return Batch(
             views={name: torch.from_numpy(array[:good]) for name, array in self._views.items()},
@@ -77,4 +87,6 @@ class Tray:
             attempted=good + len(self._bad),
             bad=tuple(self._bad),
             image_ids=None if self._image_ids is None else torch.tensor(self._image_ids, dtype=torch.int64),
+            captions=tuple(self._captions) if captioned else None,
+            num_blank=self._num_blank,
         )

@@ -20,13 +20,20 @@ from vicreg_mm.input.plan import Plan, Position
 from vicreg_mm.input.shard_cache import CACHE_BYTES
 from vicreg_mm.input.shards import Reader, RecordError, Sample, ShardError, ShardIndex
 from vicreg_mm.input.text_views import BadCaption, TextViewPolicy
-from vicreg_mm.input.views import BadImage, EvalTransform, ViewPolicy, decode
+from vicreg_mm.input.views import BadImage, ViewPolicy, decode
+
+Transform = Callable[[np.ndarray], np.ndarray]  # uint8 [H, W, 3] -> uint8 [3, height, width]
 
 
 def assemble(
-    reader: Reader, rows: Iterable[int], tray: Tray, views_of: Callable[[Sample], dict[str, np.ndarray]], need_label: bool = False
+    reader: Reader,
+    rows: Iterable[int],
+    tray: Tray,
+    views_of: Callable[[Sample], dict[str, np.ndarray]],
+    need_label: bool = False,
+    captions: bool = False,
 ) -> Batch:
-    """The batch of these rows. views_of: makes the views of a sample, may raise BadImage and BadCaption."""
+    """The batch of these rows. views_of: makes the views of a sample, may raise BadImage and BadCaption. captions: keep them."""
     index = reader.index
     for row in rows:
         try:
@@ -42,7 +49,9 @@ def assemble(
             tray.leave_out(f"{_place(index, row)}: bad caption ({error})")
         else:
             tray.put(views, sample.row, sample.label, sample.image)
-    return tray.batch(labelled=index.has_labels)
+            if captions:
+                tray.put_captions(sample.captions, sample.num_blank)
+    return tray.batch(labelled=index.has_labels, captioned=captions)
 
 
 def _place(index: ShardIndex, row: int) -> str:
@@ -197,18 +206,19 @@ class _Positions:
 
 
 class _RowBatches(Dataset):
-    """Rows -> their labelled batch."""
+    """Rows -> their batch, with labels or with captions."""
 
-    def __init__(self, reader: Reader, transform: EvalTransform):
-        self.reader, self.transform = reader, transform
+    def __init__(self, reader: Reader, transform: Transform, captions: bool):
+        self.reader, self.transform, self.captions = reader, transform, captions
         self.shape = transform(np.zeros((64, 64, 3), np.uint8)).shape
 
     def __getitem__(self, rows: Sequence[int]) -> Batch | ShardError:
         def views_of(sample: Sample) -> dict[str, np.ndarray]:
             return {"image": self.transform(decode(sample.image or b""))}
 
+        need_label = self.reader.index.has_labels and not self.captions
         try:
-            return assemble(self.reader, rows, Tray(len(rows), {"image": self.shape}), views_of, need_label=self.reader.index.has_labels)
+            return assemble(self.reader, rows, Tray(len(rows), {"image": self.shape}), views_of, need_label, self.captions)
         except ShardError as error:
             return error
 
@@ -218,13 +228,14 @@ class LabelledLoader:
 
     The rows are cut into one contiguous part per rank. Every rank takes the same number of batches (`len`), so that collectives match;
     the last one may be smaller, or empty where the parts differ by the one sample that starts a batch. Nothing is padded.
-    limit: only so many samples, evenly spaced over the set; 0 for all.
+    limit: only so many samples, evenly spaced over the set; 0 for all. captions: give those of every record, and a record without a label,
+    too, with the label -1.
     """
 
     def __init__(
         self,
         index: ShardIndex,
-        transform: EvalTransform,
+        transform: Transform,
         batch: int,
         *,
         rank: int = 0,
@@ -232,6 +243,7 @@ class LabelledLoader:
         workers: int = 0,
         prefetch: int = 2,
         limit: int = 0,
+        captions: bool = False,
         cache_dir: str | Path | None = None,
         cache_bytes: int = CACHE_BYTES,
     ):
@@ -240,7 +252,7 @@ class LabelledLoader:
             raise ValueError(f"batch {batch} must be positive, limit {limit} at least 0")
         self.index, self.workers, self.prefetch = index, workers, prefetch
         self.num_samples = min(limit, index.num_samples) if limit else index.num_samples
-        self._dataset = _RowBatches(Reader(index, cache_dir, cache_bytes), transform)
+        self._dataset = _RowBatches(Reader(index, cache_dir, cache_bytes), transform, captions)
         rows = [n * index.num_samples // self.num_samples for n in range(self.num_samples)] if limit else range(index.num_samples)
         first, last = (self.num_samples * r // world_size for r in (rank, rank + 1))
         largest = math.ceil(self.num_samples / world_size)

@@ -28,7 +28,10 @@ class RecordError(ValueError):
 
 @dataclass(frozen=True)
 class Sample:
-    """One record, undecoded. image is None only in a set without any images, label None where the record has none; num_blank as in `Content`."""
+    """One record, undecoded. image is None only in a set without any images, label None where the record has none.
+
+    num_blank: how many more captions it has, which show nothing.
+    """
 
     row: int
     shard: int

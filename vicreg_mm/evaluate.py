@@ -1,0 +1,181 @@
+"""What every evaluation recipe calls: open an encoder and its sets, measure, print the table beside chance, keep the row as JSON.
+
+`retrieval` and `zero_shot` are the programs; `run_evaluation` is what they share, and what another program needs beside its measure.
+"""
+
+import dataclasses
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+
+from vicreg_mm import distributed
+from vicreg_mm.command_line import boxed, parse_program, smoke_profile
+from vicreg_mm.config import ConfigError, EvaluationConfig, RunConfig
+from vicreg_mm.evaluation_config import EvaluationProgram, RetrievalProgram, ZeroShotProgram
+
+Program = TypeVar("Program", bound=EvaluationProgram)
+
+
+class Measured(NamedTuple):
+    """What a program found. encoder, data, result: as of `evaluation.results.write_row`; table: for people."""
+
+    encoder: dict[str, Any]
+    data: dict[str, Any]
+    result: dict[str, Any]
+    table: str
+
+
+def retrieval(recipe: RetrievalProgram, pretraining: RunConfig, arguments: list[str] | None = None) -> None:
+    """Search a set's captions with its images and its images with their captions. Arguments as of `run_evaluation`."""
+    run_evaluation(recipe, pretraining, measure_retrieval, arguments)
+
+
+def zero_shot(recipe: ZeroShotProgram, pretraining: RunConfig, arguments: list[str] | None = None) -> None:
+    """Classify a set's images by texts of its classes. Arguments as of `run_evaluation`."""
+    run_evaluation(recipe, pretraining, measure_zero_shot, arguments)
+
+
+def run_evaluation(
+    recipe: Program, pretraining: RunConfig, measure: Callable[[Program, torch.device], Measured], arguments: list[str] | None = None
+) -> None:
+    """Run a program with the command line's overrides. What a user can mend ends in one line and exit code 2.
+
+    pretraining: the recipe whose smoke profile is trained where no encoder is named. measure: all ranks call it; rank 0's answer counts.
+    """
+    words = sys.argv[1:] if arguments is None else arguments
+    distributed.run_program(lambda: _run(recipe, pretraining, measure, words), f"recipes/{recipe.name}.py")
+
+
+def _run(recipe: Program, pretraining: RunConfig, measure: Callable[[Program, torch.device], Measured], arguments: list[str]) -> None:
+    config = parse_program(recipe, arguments)
+    if config.smoke and distributed.is_main_environment():
+        _say_smoke(config, pretraining)
+    device = distributed.start()
+    try:
+        if not config.encoder:
+            config = dataclasses.replace(config, encoder=str(_trained(config, pretraining, device)))
+        begun = time.perf_counter()
+        found = measure(config, device)
+        if distributed.is_main():
+            seconds = time.perf_counter() - begun
+            path = _keep(config, found, seconds)
+            print(f"\n{found.table}\n({seconds:.0f} s)\n\nrow: {path}", flush=True)
+        distributed.barrier()
+    finally:
+        distributed.stop()
+
+
+def _say_smoke(config: EvaluationProgram, pretraining: RunConfig) -> None:
+    made = f"trains the smoke profile of {pretraining.name} for {config.smoke_steps} steps, then evaluates"
+    sets = " ".join(f"--{name} FOLDER_OF_SHARDS" for name in config.sets)
+    lines = [
+        f"Smoke profile of {config.name}: {'evaluates' if config.encoder else made} on the built-in digits.",
+        f"For the real one:  deepspeed recipes/{config.name}.py --encoder RUN {sets}",
+        "data/README.md says how to make shards.",
+    ]
+    print(boxed(lines), flush=True)
+
+
+def _trained(config: EvaluationProgram, pretraining: RunConfig, device: torch.device) -> Path:
+    from vicreg_mm.pretrain import pretrain
+
+    small = smoke_profile(pretraining)
+    workers = min(small.input.workers, config.workers)
+    small = dataclasses.replace(
+        small, input=dataclasses.replace(small.input, workers=workers), steps=config.smoke_steps, evaluation=EvaluationConfig()
+    )
+    return pretrain(small, device)
+
+
+def _keep(config: EvaluationProgram, found: Measured, seconds: float) -> Path:
+    from vicreg_mm.evaluation.results import folder_of, write_row
+
+    row = {
+        "evaluation": config.name, "encoder": found.encoder, "data": found.data, "options": dataclasses.asdict(config),
+        "result": found.result, "seconds": round(seconds, 1), "processes": distributed.world_size(), "torch": torch.__version__,
+    }  # fmt: skip
+    return write_row(folder_of(config.encoder, config.out), row)
+
+
+def open_set(config: EvaluationProgram, shards: str, transform: Callable, captions: bool = False) -> tuple[Any, dict[str, Any]]:
+    """The loader of a set's samples in order, and what a row tells of the set. captions: as of `LabelledLoader`."""
+    from vicreg_mm.input.builtin import shard_folder
+    from vicreg_mm.input.loader import LabelledLoader
+    from vicreg_mm.input.shards import ShardIndex
+
+    index = ShardIndex.open(shard_folder(shards), cache_dir=config.cache or None)
+    if config.cache and not index.remote:
+        raise ConfigError(f"cache {config.cache} has no effect: the shards are local files; leave it out")
+    loader = LabelledLoader(
+        index, transform, config.batch, rank=distributed.rank(), world_size=distributed.world_size(), workers=config.workers,
+        captions=captions, cache_dir=config.cache or None, cache_bytes=int(config.cache_gib * 2**30),
+    )  # fmt: skip
+    return loader, {"path": shards, "edition": index.edition, "num_samples": index.num_samples}
+
+
+def measure_retrieval(config: RetrievalProgram, device: torch.device) -> Measured:
+    """Recalls, ranks and rsum of the whole set, and of folds where they are asked for; modality gap and effective ranks."""
+    from vicreg_mm.evaluation.image_text import open_image_text
+    from vicreg_mm.evaluation.pairs import embed_pairs, shape_line, shape_of, sizes_line
+    from vicreg_mm.evaluation.retrieval import chance, chance_of_folds, folds, retrieval, retrieval_table
+    from vicreg_mm.input.loader import require_captions
+
+    model = open_image_text(config.encoder, device, config.weights, config.output)
+    loader, data = open_set(config, config.shards, model.transform, captions=True)
+    require_captions(loader.index)
+    if config.folds * config.fold_size > loader.num_samples:
+        raise ConfigError(f"folds {config.folds} of fold_size {config.fold_size}: {config.shards} has only {loader.num_samples} images")
+    pairs = embed_pairs(model, loader)
+    own = pairs.captioned()
+    owner, searched = own.image_of_text, (own.images.to(device), own.texts.to(device), own.image_of_text)
+    rows = {
+        "chance": chance(owner, len(own.images)).as_dict(),
+        "all": retrieval(*searched, centre=config.centre).as_dict(),
+    }
+    if config.folds:
+        rows["chance in folds"] = chance_of_folds(owner, len(own.images), config.fold_size, config.folds).as_dict()
+        rows["folds"] = folds(*searched, size=config.fold_size, num_folds=config.folds, centre=config.centre).as_dict()
+    shape, sizes = shape_of(pairs, device), pairs.sizes()
+    table = _lines(_title(config), retrieval_table(rows), shape_line(shape), sizes_line(sizes))
+    return Measured(_told(model), {"shards": data}, {**rows, **shape, **sizes}, table)
+
+
+def measure_zero_shot(config: ZeroShotProgram, device: torch.device) -> Measured:
+    """Top-1, top-5 and per-class accuracy by the texts of the classes."""
+    from vicreg_mm.evaluation.image_text import open_image_text
+    from vicreg_mm.evaluation.pairs import embed_pairs, sizes_line
+    from vicreg_mm.evaluation.zero_shot import class_embeddings, load_prompts, zero_shot, zero_shot_table
+
+    prompts = load_prompts(config.shards, config.class_names, config.templates, config.underscores_to_spaces)
+    if prompts is None:
+        raise ConfigError(f"{config.shards} has no classes.json; give --class_names: imagenet, or a file of names in the labels' order")
+    model = open_image_text(config.encoder, device, config.weights, config.output)
+    loader, data = open_set(config, config.shards, model.transform)
+    if not loader.index.has_labels:
+        raise ConfigError(f"{config.shards} has no labels (KEY.cls); zero-shot classification is measured on them")
+    pairs = embed_pairs(model, loader, texts=False)
+    prompts.check(pairs.labels)
+    classes = class_embeddings(model.embed_texts, prompts.names, prompts.templates)
+    found = zero_shot(pairs.images.to(device), pairs.labels.to(device), classes, centre=config.centre)
+    sizes = {"num_templates": len(prompts.templates), "num_bad_records": pairs.num_bad}
+    table = _lines(
+        f"{_title(config)}, {len(prompts.templates)} templates", zero_shot_table({"all": found}), sizes_line(pairs.sizes(), texts=False)
+    )
+    return Measured(_told(model), {"shards": data}, {**found, **sizes}, table)
+
+
+def _title(config: RetrievalProgram | ZeroShotProgram) -> str:
+    output = "" if config.weights or ":" in config.encoder else f", {config.output}"
+    return f"{config.encoder}{output}{', centred' if config.centre else ''} on {config.shards}"
+
+
+def _told(model: Any) -> dict[str, Any]:
+    return {**model.description, "image_size": model.image_size, "mean": list(model.mean), "std": list(model.std)}
+
+
+def _lines(*lines: str) -> str:
+    return "\n".join(filter(None, lines))

@@ -1,0 +1,215 @@
+"""Models that embed images and texts in one space, wherever they come from: a model in memory, a run directory, open_clip.
+
+`of_model` takes a model as it is, in training or not; `open_image_text` opens one by the name that a user gives.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from vicreg_mm import checkpoint
+from vicreg_mm import config as configs
+from vicreg_mm.assemble import build_model, needs_of
+from vicreg_mm.config import ConfigError
+from vicreg_mm.evaluation.features import evaluating
+from vicreg_mm.input.tokenizers import MODEL_FILE, Tokenizer, build_tokenizer, pack
+from vicreg_mm.input.views import EvalTransform
+from vicreg_mm.model import Normalize, Output, PretrainModel
+from vicreg_mm.registry import unknown_name
+
+OPEN_CLIP, LOCAL_DIR = "open_clip/", "local-dir:"
+RANDOM = "random"
+SOURCES = f"a run directory, {OPEN_CLIP}NAME or {LOCAL_DIR}FOLDER"
+
+
+@dataclass(frozen=True)
+class ImageTextModel:
+    """Images and texts to rows [n, D], compared by their cosine; float32, in evaluation mode, without gradients, on `device`.
+
+    module: what computes, on `device`; each of its parts has its own mode back after every call. encode_images: uint8 [n, 3, H, W] on
+    `device` -> [n, D]; encode_tokens: int64 [n, context] on `device` -> [n, D]; tokenize: n texts -> their tokens. transform: a decoded
+    image [H, W, 3] -> uint8 [3, image_size, image_size]. mean, std: what the model itself normalises pixels in [0, 1] with.
+    description: where it comes from, as plain data.
+    """
+
+    module: nn.Module
+    encode_images: Callable[[Tensor], Tensor]
+    tokenize: Callable[[Sequence[str]], Tensor]
+    encode_tokens: Callable[[Tensor], Tensor]
+    transform: Callable[[np.ndarray], np.ndarray]
+    image_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    device: torch.device
+    description: dict[str, Any]
+
+    @torch.no_grad()
+    def embed_images(self, images: Tensor) -> Tensor:
+        """uint8 [n, 3, H, W] -> [n, D]."""
+        with evaluating(self.module):
+            return self.encode_images(images.to(self.device, non_blocking=True)).float()
+
+    @torch.no_grad()
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """n texts -> [n, D], in one forward; a text that shows nothing is start and end token alone."""
+        with evaluating(self.module):
+            return self.encode_tokens(self.tokenize(texts).to(self.device)).float()
+
+
+def outputs_of(model: PretrainModel) -> list[Output]:
+    """The outputs of a model in which images and texts can be compared."""
+    try:
+        model.check_common_width()
+    except ValueError:
+        return ["expander"]
+    return ["expander", "encoder"]
+
+
+def of_model(
+    model: PretrainModel, tokenizer: Tokenizer, output: Output, device: torch.device, description: dict[str, Any] | None = None
+) -> ImageTextModel:
+    """A model of ours as it is now, on `device`. output: as of `PretrainModel.embed_images`.
+
+    Raises ValueError for "encoder" where features of images and texts have not one width.
+    """
+    assert model.text is not None
+    if output == "encoder":
+        model.check_common_width()
+    context, encoder = model.text.encoder.context, model.encoder
+    return ImageTextModel(
+        module=model,
+        encode_images=lambda images: model.embed_images(images, output),
+        tokenize=lambda texts: _rows(texts, tokenizer, context),
+        encode_tokens=lambda tokens: model.embed_texts(tokens, output),
+        transform=EvalTransform(encoder.input_size),
+        image_size=encoder.input_size, mean=encoder.mean, std=encoder.std, device=device,
+        description={**(description or {}), "output": output},
+    )  # fmt: skip
+
+
+def _rows(texts: Sequence[str], tokenizer: Tokenizer, context: int) -> Tensor:
+    return torch.from_numpy(np.stack([pack(tokenizer.encode(text), context, tokenizer) for text in texts]))
+
+
+def open_image_text(source: str, device: torch.device, weights: str = "", output: Output = "expander") -> ImageTextModel:
+    """The model that `source` names: a run directory, "open_clip/NAME", or "local-dir:FOLDER" with an exported model.
+
+    weights: of open_clip/NAME: a tag or a file that open_clip knows, or "random". output: of a run.
+    Raises ValueError for a name that is none of these, a run of images alone or without a checkpoint, weights that are missing or do
+    not fit, and options without effect.
+    """
+    if not source.startswith(OPEN_CLIP) and weights:
+        raise ConfigError(f"weights {weights} has no effect: {source} has its own; leave it out")
+    if not source.startswith((OPEN_CLIP, LOCAL_DIR)):
+        return of_run(source, output, device)
+    if output != "expander":
+        raise ConfigError(f"output {output} has no effect: {source} compares images and texts in one space only; leave it out")
+    if source.startswith(OPEN_CLIP):
+        return _open_by_name(source, weights, device)
+    return _open_folder(source, device)
+
+
+def of_run(run: str | Path, output: Output, device: torch.device) -> ImageTextModel:
+    """`load_run` as an image-text model."""
+    model, tokenizer, description = load_run(run)
+    return of_model(model.to(device), tokenizer, output, device, description)
+
+
+def load_run(run: str | Path) -> tuple[PretrainModel, Tokenizer, dict[str, Any]]:
+    """The model of a run directory as its last checkpoint holds it, on the CPU; the tokenizer in there; and where they come from."""
+    folder = Path(run)
+    if not (folder / "config.json").is_file():
+        hint = f"; write {LOCAL_DIR}{run}" if (folder / "open_clip_config.json").is_file() else ""
+        raise ConfigError(f"{run} is no run directory (no config.json); known: {SOURCES}{hint}")
+    config = configs.load(folder / "config.json")
+    if not needs_of(config).texts:
+        raise ConfigError(f"{run} is a run of images alone (objective {config.objective.name}); its encoder has no texts to compare")
+    found = checkpoint.existing(folder)
+    if not found:
+        raise ConfigError(f"{run} has no checkpoint yet; let it train on with --resume")
+    tokenizer = checkpoint.read_tokenizer(found[-1])
+    with torch.random.fork_rng(devices=[]):
+        model = build_model(config, tokenizer)
+    checkpoint.load_model(model, found[-1])
+    return model.eval(), tokenizer, {"source": str(run), "checkpoint": found[-1].name, "recipe": config.name}
+
+
+def _open_by_name(source: str, weights: str, device: torch.device) -> ImageTextModel:
+    """Random weights are drawn from a seed of their own: the same on every rank."""
+    import open_clip
+
+    name = source.removeprefix(OPEN_CLIP)
+    if name not in open_clip.list_models():
+        raise unknown_name("open_clip model", name, open_clip.list_models())
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if weights not in (RANDOM, *tags) and not Path(weights).is_file():
+        known = f"a file, {RANDOM}, or a tag of open_clip: {', '.join(tags) or 'none'}"
+        raise ConfigError(f"unknown weights '{weights}' of {source}; known: {known}" if weights else f"{source} needs --weights: {known}")
+    return _open(name, source, None if weights == RANDOM else weights, open_clip.get_tokenizer, device, {"weights": weights})
+
+
+def _open_folder(source: str, device: torch.device) -> ImageTextModel:
+    import open_clip
+
+    folder = Path(source.removeprefix(LOCAL_DIR))
+    if not (folder / "open_clip_config.json").is_file():
+        raise ConfigError(f"{folder} holds no open_clip_config.json; known: {SOURCES}")
+    if not any(any(folder.glob(f"*.{kind}")) for kind in ("safetensors", "bin", "pth")):
+        raise ConfigError(f"{folder} holds no weights (open_clip_model.safetensors): open_clip would draw random ones")
+    if not (folder / MODEL_FILE).is_file():
+        return _open(source, source, None, open_clip.get_tokenizer, device, {})
+    tokenizer = build_tokenizer(str(folder))  # a sentencepiece model, which open_clip itself reads through transformers only
+
+    def tokenize(texts: list[str], context_length: int) -> Tensor:
+        return _rows(texts, tokenizer, context_length)
+
+    return _open(source, source, None, lambda _: tokenize, device, {})
+
+
+def _open(
+    name: str, source: str, weights: str | None, tokenizer_of: Callable[[str], Any], device: torch.device, description: dict[str, Any]
+) -> ImageTextModel:
+    """A model that open_clip builds, with its own transform of images, mean, std and tokenizer."""
+    import open_clip
+
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model: Any = open_clip.create_model(name, pretrained=weights, pretrained_text=False)
+        tokenizer = tokenizer_of(name)
+    except (RuntimeError, OSError, ImportError, ValueError) as error:  # each of its many ways to fail is a setting that cannot be
+        raise ConfigError(f"open_clip cannot open {source}: {' '.join(str(error).split())}") from error
+    settings = open_clip.get_model_preprocess_cfg(model)
+    transform = LibraryTransform(settings)
+    normalize = Normalize(settings["mean"], settings["std"]).to(device)
+    model = model.to(device).eval()
+    return ImageTextModel(
+        module=model,
+        encode_images=lambda images: model.encode_image(normalize(images)),
+        tokenize=lambda texts: tokenizer(list(texts), context_length=model.context_length),
+        encode_tokens=model.encode_text,
+        transform=transform, image_size=transform.size, mean=tuple(settings["mean"]), std=tuple(settings["std"]), device=device,
+        description={"source": source, **description},
+    )  # fmt: skip
+
+
+class LibraryTransform:
+    """What open_clip does with an image before it normalises it: size, way of resizing and filter of `settings`, a preprocess_cfg."""
+
+    def __init__(self, settings: dict[str, Any]):
+        from open_clip.transform import PreprocessCfg, image_transform_v2
+
+        neutral = {**settings, "mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+        self._transform = image_transform_v2(PreprocessCfg(**neutral), is_train=False)
+        size = settings["size"]
+        self.size: int = size if isinstance(size, int) else size[0]
+
+    def __call__(self, image: np.ndarray) -> np.ndarray:
+        """image: uint8 [H, W, 3]. Returns uint8 [3, height, width], exactly: what is undone is a division by 255."""
+        return (self._transform(Image.fromarray(image)) * 255).round().to(torch.uint8).numpy()
