@@ -30,7 +30,14 @@ def _views(arguments: list[str]) -> None:
     draw_views.main(arguments)
 
 
-PROGRAMS = {"shards": _shards, "objectives": _objectives, "views": _views}
+def _export(arguments: list[str]) -> None:
+    """export RUN --to LIBRARY     write a run's model as a folder that open_clip, timm or torchvision loads"""
+    from vicreg_mm import export
+
+    export.main(arguments)
+
+
+PROGRAMS = {"shards": _shards, "objectives": _objectives, "views": _views, "export": _export}
 
 
 def main() -> None:
