@@ -25,7 +25,7 @@ from vicreg_mm import config as configs
 from vicreg_mm.assemble import build_model
 from vicreg_mm.encoder_file import export_encoder
 from vicreg_mm.evaluation.zero_shot import class_embeddings
-from vicreg_mm.input.tokenizers import ClipTokenizer, build_tokenizer, pack
+from vicreg_mm.input.tokenizers import ClipTokenizer, SentencePieceTokenizer, build_tokenizer, pack, train_sentencepiece
 from vicreg_mm.open_clip_model import to_open_clip
 
 ENCODERS = {
@@ -270,6 +270,18 @@ def test_the_sentencepiece_model_goes_along(digits, tmp_path):
     assert any("transformers" in line for line in told)
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "out" / "tokenizer.model"))
     assert pieces.encode("a scan of a seven") == tokenizer.encode("a scan of a seven")
+
+
+def test_the_card_tokenizes_with_sentencepiece_what_open_clip_cannot_read(digits, tmp_path):
+    captions = [f"a scan of a {size} handwritten {digit}" for size in ("large", "small") for digit in ("one", "two", "seven")]
+    tokenizer = SentencePieceTokenizer(train_sentencepiece(captions, 300, "bpe"))
+    made(tmp_path / "run", pair_config(digits, ""), tokenizer)
+    told = export.export(tmp_path / "run", "open_clip", tmp_path / "out")
+    assert any("cannot read this sentencepiece model" in line for line in told)
+    found = {"image": Image.new("RGB", (80, 70))}
+    exec(_usage(tmp_path / "out"), found)
+    texts = ["a small seven", "a scan of a handwritten seven " * 4, ""]
+    assert torch.equal(found["tokenizer"](texts), packed(tokenizer, texts))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="open_clip reads this tokenizer with transformers")
