@@ -202,3 +202,26 @@ def test_fixed_is_the_default_and_only_literal_warns(name):
 def test_a_bad_option_is_one_line_that_says_what_would_do(options, said):
     with pytest.raises(ValueError, match=said):
         objectives.build("vicreg", **options)
+
+
+def descend(mode, steps=80, **options):
+    """Fit a linear encoder to pairs of noisy views by plain gradient descent; the last output."""
+    generator = torch.Generator().manual_seed(0)
+    objective = build("vicreg", mode, **options)
+    encoder = (torch.randn(8, 8, generator=generator) / 8**0.5).requires_grad_()
+    for step in range(steps):
+        x, noise = torch.randn(32, 8, generator=generator), torch.randn(2, 32, 8, generator=generator)
+        out = objective({f"global_{i}": (x + 0.7 * noise[i]) @ encoder for i in range(2)})
+        leaves = [encoder, *objective.parameters()]
+        for p, gradient in zip(leaves, torch.autograd.grad(out.loss, leaves), strict=True):
+            p.data -= (0.01 if p is encoder else 0.04) * gradient
+        objective.after_step((step + 1) / steps)
+    return out
+
+
+def test_literals_loss_falls_to_a_fraction_while_the_embeddings_get_worse_by_the_fixed_one_and_budgets_does_not():
+    fixed, literal, budget = descend("fixed"), descend("literal"), descend("budget", weighting_rate=0.05)
+    assert literal.loss < 0.1 * fixed.loss and literal.logs["loss/fixed"] > 1.1 * fixed.loss
+    assert budget.logs["loss/fixed"] == pytest.approx(fixed.loss.item(), rel=0.05)
+    assert budget.logs["std_mean"] == pytest.approx(fixed.logs["std_mean"].item(), rel=0.1)
+    assert weights_of(budget) != [25.0, 25.0, 1.0] and max(weights_of(literal)) < 12
