@@ -104,7 +104,7 @@ def test_normalize_is_torchvisions():
 def test_logs_carry_the_names_of_metrics_jsonl():
     loss, logs = pretrain_model()(batch())
     assert {"loss/total", "loss/invariance", "loss/variance", "loss/covariance", "stats/std_mean", "stats/std_min", "stats/std_max",
-            "stats/collapsed_dims", "loss/variance/global_0", "features"} <= set(logs)  # fmt: skip
+            "stats/collapsed_dims", "loss/variance/global_0", "loss/fixed", "features"} <= set(logs)  # fmt: skip
     expected = 25 * logs["loss/invariance"] + 25 * logs["loss/variance"] + logs["loss/covariance"]
     torch.testing.assert_close(loss.detach(), expected)
     assert not any(value.requires_grad for value in logs.values())

@@ -19,8 +19,9 @@ Objective. An nn.Module with
       "features"      view -> [n, F], the views of `needs.features`
       "row_weights"   view -> [n], where an image stands several times in the global batch: 1 / how often; missing: 1 each
   loss: the scalar to minimise. terms: the scalars that it is made of, logged as loss/NAME. logs: detached scalars, logged as
-  stats/NAME, or as loss/NAME where the part of NAME before a "/" is a term's. Statistics of the batch belong to all ranks:
-  `gathered_rows(z)` gives everyone's rows, with the gradient that data parallelism, which averages over ranks, then makes exact.
+  stats/NAME, or as loss/NAME where the part of NAME before a "/" is a term's; a NAME that begins with loss/ stays, as
+  "loss/fixed", the loss at weights that do not change. Statistics of the batch belong to all ranks: `gathered_rows(z)` gives everyone's
+  rows, with the gradient that data parallelism, which averages over ranks, then makes exact.
 - and where it wants to: parameters and buffers of its own, which are trained, saved and resumed (no parameter without dimensions: shape
   (1,)); `after_step(progress)`, called after each optimizer step with the share of training done, from 0 to 1; `gamma`, the
   standard deviation that it asks for (1), which warnings of collapse are measured by; `projections`, {"image": module, "text": module}
