@@ -89,6 +89,17 @@ def test_a_malformed_value_is_one_line_with_its_name(arguments, message):
         (["--optim.final_weight_decay", "-0.1"], "optim.final_weight_decay is -0.1; it cannot be negative"),
         (["--optim.max_lr", "-1"], "optim.max_lr is -1"),
         (["--encoder.layer_scale", "-1"], "encoder.layer_scale is -1"),
+        (["--encoder.frozen"], "encoder.frozen would keep random weights for good: give --encoder.weights, or --encoder.no-frozen"),
+        (["--text.frozen"], "text.frozen would keep random weights for good: give --text.weights"),
+        (["--encoder.weights_allow", "fc"], r"encoder.weights_allow \['fc'\] has no effect: encoder.weights is empty"),
+        (["--encoder.weights_resample"], "encoder.weights_resample True has no effect: encoder.weights is empty"),
+        (["--encoder.weights", "x", "--encoder.zero_init_residual", "True"], "zero_init_residual True has no effect: encoder.weights says"),
+        (["--encoder.weights", "x", "--encoder.frozen", "--encoder.drop_path", "0.1"], "drop_path 0.1 has no effect: encoder.frozen"),
+        (
+            ["--encoder.weights", "x", "--encoder.frozen", "--optim.patch_lr_scale", "0.2"],
+            "patch_lr_scale 0.2 has no effect: encoder.frozen",
+        ),
+        (["--encoder.std", "1", "0", "1"], r"encoder.std is \(1.0, 0.0, 1.0\); it is of pixels in \[0, 1\], above 0"),
     ],
 )
 def test_a_setting_that_cannot_be_is_refused_by_name(changes, message):
@@ -125,6 +136,21 @@ def test_differences_list_what_moves_the_loss_and_nothing_else():
         RECIPE, ["--batch", "64", "--optim.lr", "1", "--input.workers", "0", "--engine.zero_stage", "1", "--checkpoint.keep", "5"]
     )
     assert configs.differences(RECIPE, other) == ["batch: 2048 -> 64", "optim.lr: 0.002 -> 1.0"]
+
+
+def test_a_resumed_run_keeps_the_mean_and_std_that_it_took_from_its_weights_unless_others_are_given():
+    asked = parse(RECIPE, ["--encoder.weights", "library"])
+    begun = dataclasses.replace(asked, encoder=dataclasses.replace(asked.encoder, mean=(0.5, 0.5, 0.5)))
+    assert configs.differences(begun, asked) == []
+    other = dataclasses.replace(asked, encoder=dataclasses.replace(asked.encoder, mean=(0.4, 0.5, 0.5)))
+    assert configs.differences(begun, other) == ["encoder.mean: [0.5, 0.5, 0.5] -> [0.4, 0.5, 0.5]"]
+    assert configs.differences(begun, RECIPE) == ["encoder.weights: 'library' -> ''"]
+
+
+def test_the_toy_of_a_smoke_profile_starts_from_no_weights():
+    encoder = configs.EncoderConfig(weights="library", weights_allow=("fc",), frozen=True)
+    config = parse(dataclasses.replace(RECIPE, encoder=encoder, text=configs.TextConfig(weights="x", frozen=True)), ["--smoke"])
+    assert (config.encoder.weights, config.encoder.frozen, config.text.weights, config.text.frozen) == ("", False, "", False)
 
 
 def test_the_peak_rate_scales_with_the_batch():

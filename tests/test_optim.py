@@ -9,7 +9,7 @@ from timm.optim import param_groups_layer_decay
 from torch import nn
 
 from vicreg_mm.config import OptimConfig
-from vicreg_mm.encoders import build_vision
+from vicreg_mm.encoders import build_text, build_vision
 from vicreg_mm.optim import LARS, Schedule, build_optimizer, parameter_groups, set_rates
 
 
@@ -80,6 +80,30 @@ def test_the_patch_embedding_learns_slower_still(name, first, after):
     changed = [key for key in plain if plain[key] != slow[key]]
     assert changed and all(key.startswith(f"encoder.net.{module.encoder.patch_embedding}") for key in changed)
     assert slow[f"encoder.net.{first}weight"][0] == pytest.approx(0.2 * 0.9**after)
+
+
+def towers():
+    text = build_text("transformer", vocab_size=50, context=10, pad_id=0, end_id=3, width=32, depth=2, heads=4)
+    return nn.ModuleDict({"encoder": build_vision("timm/test_vit"), "text": text, "expander": nn.Linear(32, 5)})
+
+
+def test_the_layers_of_a_text_tower_learn_slower_towards_its_embeddings():
+    found = {name: scale for name, (scale, _) in scales_of(towers(), layer_decay=0.5, patch_lr_scale=0.2).items()}
+    assert found["text.net.token_embedding.weight"] == found["text.net.positional_embedding"] == 0.5**3
+    assert found["text.net.transformer.resblocks.0.mlp.c_fc.weight"] == 0.5**2
+    assert found["text.net.transformer.resblocks.1.ln_2.bias"] == found["text.net.ln_final.weight"] == 0.5
+    assert found["expander.weight"] == 1.0 and found["encoder.net.blocks.5.norm1.weight"] == 0.5
+
+
+def test_a_frozen_tower_takes_no_part_in_layer_decay_and_two_leave_it_without_effect():
+    module = towers()
+    module["encoder"].freeze()
+    groups = parameter_groups(module, OptimConfig(layer_decay=0.5))
+    assert {id(p) for group in groups for p in group["params"]} == {id(p) for p in module.parameters() if p.requires_grad}
+    assert {group["lr_scale"] for group in groups} == {1.0, 0.5, 0.25, 0.125}
+    module["text"].freeze()
+    with pytest.raises(ValueError, match=r"optim\.layer_decay 0\.5 has no effect: every encoder is frozen; give 1"):
+        parameter_groups(module, OptimConfig(layer_decay=0.5))
 
 
 def test_a_scale_that_an_encoder_has_no_place_for_is_refused():

@@ -3,11 +3,13 @@
 import dataclasses
 import json
 import multiprocessing
+import re
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -68,6 +70,9 @@ def outcomes(digits, damaged, hopeless, tmp_path_factory):
     """name -> (run directory, what happened), all in one process."""
     folder = tmp_path_factory.mktemp("runs")
     empty = tmp_path_factory.mktemp("empty")
+    weights = empty / "somebody's.pth"
+    torch.manual_seed(9)
+    torch.save(timm.create_model("test_resnet").state_dict(), weights)
 
     def config(name, shards=digits["train"], **changes):
         return tiny_config(shards, folder / name, **changes)
@@ -102,6 +107,14 @@ def outcomes(digits, damaged, hopeless, tmp_path_factory):
         "image size": config("image size", input__image_size=40, encoder__name="timm/test_vit"),
         "patch rate": config("patch rate", optim__patch_lr_scale=0.2),
         "layer scale": config("layer scale", encoder__layer_scale=1e-5),
+        "given": config("given", steps=1, encoder__weights=str(weights), encoder__std=(0.5, 0.5, 0.5)),
+        "given, frozen": config("given, frozen", steps=1, encoder__weights=str(weights), encoder__frozen=True),
+        "absent weights": config("absent weights", encoder__weights=str(folder / "absent.pth")),
+        "other weights": config("other weights", encoder__weights=str(weights), encoder__name="timm/test_vit"),
+        "text weights": config("text weights", text__weights="somewhere"),
+        "frozen checkpointing": config(
+            "frozen checkpointing", encoder__weights=str(weights), encoder__frozen=True, engine__activation_checkpointing=True
+        ),
         "other data": config("other data", steps=2),
         "other data again": config("other data", damaged, steps=2, resume=True),
     }
@@ -266,6 +279,62 @@ def test_the_table_compares_the_start_with_the_end(digits, tmp_path):
     assert list(rows) == ["raw pixels", "random encoder", "pretrained encoder"]
     assert rows["pretrained encoder"]["knn"] < 0.2 < 0.4 < rows["random encoder"]["knn"]
     assert (rows["raw pixels"]["num_train"], rows["raw pixels"]["num_test"]) == (300, 297)
+
+
+def test_a_run_starts_from_given_weights_and_keeps_them_where_they_are_frozen(outcomes):
+    torch.manual_seed(9)
+    start = timm.create_model("test_resnet").state_dict()
+    for name, same in (("given", False), ("given, frozen", True)):
+        run, result = outcomes[name]
+        assert result == str(run)
+        found = load_file(run / "encoder.safetensors")
+        assert torch.equal(found["conv1.0.weight"], start["conv1.0.weight"]) == same
+        distance = (found["conv1.0.weight"] - start["conv1.0.weight"]).norm() / start["conv1.0.weight"].norm()
+        assert distance < 0.2  # one step away, not another network
+    assert json.loads((outcomes["given"][0] / "config.json").read_text())["encoder"]["std"] == [0.5, 0.5, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "absent weights",
+            r"CheckpointError: weights '.*absent\.pth': not there; expected a run directory, a file, library or library:TAG",
+        ),
+        ("other weights", r"ValueError: .*somebody's\.pth .*does not fit this network|holds nothing of this network"),
+        ("text weights", r"ConfigError: text\.weights and text\.frozen have no effect: objective vicreg takes no texts"),
+        ("frozen checkpointing", r"ConfigError: engine\.activation_checkpointing has no effect: every encoder is frozen"),
+    ],
+)
+def test_weights_that_cannot_be_given_leave_no_run_directory_behind(outcomes, name, message):
+    run, result = outcomes[name]
+    assert re.search(message, result) and not run.exists() and "\n" not in result
+
+
+def test_the_table_has_a_row_for_the_encoder_that_was_given(digits, tmp_path, capsys):
+    """Its weights are zero: it is at chance. Where they are no longer to be had, the row is left out and that is told."""
+    evaluation = dataclasses.replace(tiny_config("", "").evaluation, train=digits["train"], test=digits["test"], limit=300)
+    source = tmp_path / "zero.pth"
+    config = tiny_config(digits["train"], tmp_path / "run", evaluation=evaluation, encoder__weights=str(source))
+    tensors = build_model(config).encoder.net.state_dict()
+    torch.save({name: torch.zeros_like(value) for name, value in tensors.items()}, source)
+    (tmp_path / "run").mkdir()
+    configs.save(config, tmp_path / "run" / "config.json")
+    save_file(tensors, tmp_path / "run" / "encoder.safetensors")
+
+    def rows(config):
+        evaluate(config, tmp_path / "run", open_evaluation(config), torch.device("cpu"))
+        return {row["encoder"]: row["knn"] for row in json.loads((tmp_path / "run" / "evaluation.json").read_text())}
+
+    found = rows(config)
+    assert list(found) == ["raw pixels", "random encoder", "given encoder", "pretrained encoder"]
+    assert found["given encoder"] < 0.2 < 0.4 < found["pretrained encoder"]
+    source.unlink()
+    assert list(rows(config)) == ["raw pixels", "random encoder", "pretrained encoder"]
+    assert "no row of the given encoder: weights '" in capsys.readouterr().out
+    frozen = dataclasses.replace(config, encoder=dataclasses.replace(config.encoder, frozen=True))
+    configs.save(frozen, tmp_path / "run" / "config.json")
+    assert list(rows(frozen)) == ["raw pixels", "random encoder", "given encoder"]
 
 
 def test_the_loader_starts_before_there_is_a_model(digits, tmp_path, monkeypatch):

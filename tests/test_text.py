@@ -72,6 +72,24 @@ def test_the_transformer_recomputes_activations_on_demand():
         built("gru").set_activation_checkpointing()
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        (
+            "transformer",  # 2 blocks
+            {"token_embedding": 3, "positional_embedding": 3, "transformer.resblocks.0": 2, "transformer.resblocks.1": 1, "ln_final": 1},
+        ),
+        ("gru", {"token_embedding": 2, "gru": 1}),
+    ],
+)
+def test_layers_are_counted_from_the_features_back(name, expected):
+    encoder = built(name)
+    layers = encoder.layers_after()
+    assert layers.keys() == dict(encoder.net.named_parameters()).keys()
+    for key, layer in layers.items():
+        assert [layer] == [count for start, count in expected.items() if key.startswith(start)], key
+
+
 def test_an_empty_batch_gives_no_features():
     for name in NAMES:
         assert built(name)(torch.zeros(0, 10, dtype=torch.int64)).shape == (0, SIZES[name]["width"])
