@@ -37,7 +37,8 @@ def write_run(folder, shards, name="crossmodal", **changes):
     configs.save(config, Path(folder) / "config.json")
     save_file({key: value.contiguous() for key, value in model.state_dict().items()}, checkpoint / "model.safetensors")
     (checkpoint / "tokenizer").write_bytes(tokenizer.serialize())
-    (checkpoint / "state.json").write_text("{}")
+    state = {"step": 3, "milestone": False, "data": {}, "loss_scale": None, "journal": {}}
+    (checkpoint / "state.json").write_text(json.dumps(state))
     return model, tokenizer
 
 

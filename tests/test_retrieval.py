@@ -5,7 +5,18 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from vicreg_mm.evaluation.retrieval import Folds, Ranking, Retrieval, chance, fixed_point, folds, retrieval, retrieval_table
+from tests.distributed.ranks import run_ranks
+from vicreg_mm.evaluation.retrieval import (
+    Folds,
+    Ranking,
+    Retrieval,
+    chance,
+    chance_of_folds,
+    fixed_point,
+    folds,
+    retrieval,
+    retrieval_table,
+)
 
 
 def random_pairs(num_images=40, num_texts=130, dimensions=6, seed=0, noise=0.8):
@@ -231,6 +242,28 @@ def test_fewer_folds_than_there_are_images_leave_the_rest_out():
     images, texts, owner = random_pairs(num_images=20, num_texts=50)
     found = folds(images, texts, owner, size=8, num_folds=2)
     assert sum(each.num_texts for each in found.retrievals) == int((owner < 16).sum())
+
+
+def test_chance_of_folds_is_that_of_every_fold_with_its_own_number_of_captions():
+    images, _, owner = random_pairs()
+    found = chance_of_folds(owner, len(images), size=7, num_folds=3, ks=(1, 3))
+    for fold, each in enumerate(found.retrievals):
+        own = owner[(owner // 7) == fold] - 7 * fold
+        assert each == chance(own, 7, ks=(1, 3))
+    assert found.as_dict()["text_to_image/R@1"] == pytest.approx(1 / 7)
+    with pytest.raises(ValueError, match="9 folds of 7 images need 63 images; there are 40"):
+        chance_of_folds(owner, len(images), size=7, num_folds=9)
+
+
+def searched(*pairs):
+    return retrieval(*pairs, chunk=16)
+
+
+def test_any_number_of_ranks_gives_the_same_bits():
+    pairs = random_pairs()
+    expected = retrieval(*pairs)
+    for ranks in (1, 2, 3):
+        assert run_ranks(searched, ranks, *pairs) == [expected] * ranks
 
 
 def test_folds_that_do_not_fit_are_refused():

@@ -9,9 +9,11 @@ from vicreg_mm.evaluation.zero_shot import (
     check_class_names,
     class_embeddings,
     load_class_names,
+    load_prompts,
     load_templates,
     wilson_interval,
     zero_shot,
+    zero_shot_table,
 )
 
 
@@ -277,3 +279,27 @@ def test_fewer_names_than_labels_are_refused_and_more_are_not():
     with pytest.raises(ValueError, match=r"classes\.json holds 8 class names, but the labels of the images go up to 9"):
         check_class_names(["a"] * 8, torch.tensor([0, 9, 2]), "classes.json")
     check_class_names(["a"] * 11, torch.tensor([0, 9, 2]), "classes.json")
+
+
+# prompts and table
+
+
+def test_prompts_are_those_beside_the_shards_unless_others_are_named(tmp_path):
+    assert load_prompts(str(tmp_path), "", "simple") is None
+    (tmp_path / "classes.json").write_text('["big_cat", "dog"]')
+    found = load_prompts(str(tmp_path), "", "simple")
+    assert (found.names, len(found.templates), found.source) == (["big_cat", "dog"], 7, "classes.json")
+    assert load_prompts(str(tmp_path), "", "simple", underscores_to_spaces=True).names == ["big cat", "dog"]
+    assert load_prompts(str(tmp_path), "imagenet", "builtin:digits").templates[0] == "a scan of a handwritten {}"
+    with pytest.raises(ValueError, match=r"classes\.json holds 2 class names, but the labels of the images go up to 2"):
+        found.check(torch.tensor([0, 2]))
+
+
+def test_the_table_shows_every_row_in_percent_below_chance():
+    images, labels, classes = clustered()
+    rows = {"plain": zero_shot(images, labels, classes), "centred": zero_shot(images, labels, classes, centre=True)}
+    lines = zero_shot_table(rows).splitlines()
+    assert [line.split()[0] for line in lines[2:5]] == ["chance", "plain", "centred"] and len({len(line) for line in lines[:-1]}) == 1
+    assert lines[2].split()[1:] == ["8.3", "41.7", "8.3"]
+    assert lines[3].split()[1:3] == [f"{100 * rows['plain']['top_1']:.1f}", f"{100 * rows['plain']['top_5']:.1f}"]
+    assert lines[-1] == "200 images of 12 of 12 classes"
