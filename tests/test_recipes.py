@@ -31,6 +31,7 @@ PAGES = sorted((ROOT / "recipes").glob("*.py"))
 def recipe(name):
     spec = importlib.util.spec_from_file_location(f"recipe_{name}", ROOT / "recipes" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where the command line looks for the docstrings of a recipe's own dataclass
     sys.path.insert(0, str(ROOT / "recipes"))  # as for a script: a recipe of evaluation trains another recipe's smoke profile
     try:
         spec.loader.exec_module(module)
