@@ -233,7 +233,8 @@ class BudgetWeights(LearnedWeights):
 
         theta_j <- theta_j + rate * 3/4 log(bound) (1 - tanh^2 theta_j) (p_j - 1/3),     p_j = w_j L_j / sum_i w_i L_i,
 
-    towards the term that has more than its third of the loss; of the logarithm, so that the rate is free of the loss's scale.
+    towards the term that has more than its third of the loss; of the logarithm, so that the rate is free of the loss's scale. The part of
+    the covariance that no embeddings can avoid where N < D (`graph.covariance_floor`) counts like the rest of it.
     Why 3/4: tanh theta - mean reaches +- 4/3. Theta is kept within +- 2 (factors up to bound^0.96).
     lower_mu: whether mu may fall below its base, which is what keeps the embeddings from collapsing; without, theta_mu is projected to
     c_mu >= 0 after each step. rate: per step.
