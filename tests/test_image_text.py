@@ -15,6 +15,7 @@ from tests.tiny import tiny_config
 from vicreg_mm import config as configs
 from vicreg_mm.assemble import build_model
 from vicreg_mm.evaluation.image_text import LibraryTransform, load_run, of_model, open_image_text, outputs_of
+from vicreg_mm.export import export
 from vicreg_mm.input.tokenizers import build_tokenizer, pack
 
 CPU = torch.device("cpu")
@@ -114,6 +115,16 @@ def test_an_exported_folder_with_a_sentencepiece_model_is_tokenized_by_it(tmp_pa
     write_folder(tmp_path / "exported", tokenizer=tokenizer)
     found = open_image_text(f"local-dir:{tmp_path / 'exported'}", CPU)
     assert found.tokenize(["a seven"])[0].tolist() == pack(tokenizer.encode("a seven"), 12, tokenizer).tolist()
+
+
+def test_a_run_and_its_export_give_the_same_embeddings(run, images, tmp_path):
+    folder = run[0]
+    export(folder, "open_clip", tmp_path / "exported")
+    own = open_image_text(str(folder), CPU, output="encoder")
+    exported = open_image_text(f"local-dir:{tmp_path / 'exported'}", CPU)
+    torch.testing.assert_close(exported.embed_images(images), own.embed_images(images), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(exported.embed_texts(TEXTS), own.embed_texts(TEXTS), rtol=1e-5, atol=1e-5)
+    assert (exported.image_size, exported.mean, exported.std) == (own.image_size, own.mean, own.std)
 
 
 @pytest.mark.parametrize("mode", ["shortest", "squash", "longest"])
