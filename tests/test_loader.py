@@ -147,6 +147,33 @@ def test_crops_are_the_same_after_a_resume_on_other_ranks_and_workers(crops):
             assert same(join([first, second]), wanted)
 
 
+@pytest.mark.parametrize(("world_size", "workers"), [(1, 0), (2, 2)])
+def test_boxes_lie_beside_their_views_where_they_are_asked_for(spoiled_folder, world_size, workers):
+    """Also behind a bad record, and on any ranks and workers."""
+    index, policy = ShardIndex.open(spoiled_folder), build_policy("official", 8, num_local=1, local_size=6)
+    plan = Plan(index.counts, batch=8, seed=5, slots=4, block=6)
+    for rank in range(world_size):
+        loader = PretrainLoader(index, policy, plan, boxes=True, rank=rank, world_size=world_size, workers=workers)
+        for position, batch in loader.batches(Position(), 1):
+            assert list(batch.boxes) == list(batch.views)
+            for place, row in enumerate(batch.rows.tolist()):
+                expected = policy.boxes(*decode(jpeg(row)).shape[:2], (5, position.epoch, *index.locate(row)))
+                assert all(np.array_equal(box[place], expected[name].astype(np.float32)) for name, box in batch.boxes.items())
+            assert all(box.shape == (batch.num_samples, 2, 3) for box in batch.to("cpu").boxes.values())
+
+
+def test_resampled_batches_have_boxes_where_they_are_asked_for(folder):
+    policy = build_policy("official", 8)
+    _, batch = next(iter(ResampledLoader(folder, policy, 4, 2, boxes=True).batches(Position(), 1)))
+    assert {name: tuple(box.shape) for name, box in batch.boxes.items()} == dict.fromkeys(policy.view_names, (4, 2, 3))
+    widths = batch.boxes["global_0"][:, 0].abs().amax(1)
+    assert (widths > 1).all() and len(set(widths.tolist())) > 1
+
+
+def test_no_boxes_are_made_unasked(reference):
+    assert all(batch.boxes is None for _, batch in reference)
+
+
 def test_a_sample_gets_other_views_in_another_epoch(reference):
     views = [{row: view for _, batch in part for row, view in zip(batch.rows.tolist(), batch.views["local_0"], strict=True)}
              for part in (reference[:5], reference[5:])]  # fmt: skip

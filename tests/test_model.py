@@ -216,7 +216,7 @@ def test_a_view_that_the_encoder_cannot_take_is_named_before_the_first_step(enco
 
 def test_texts_and_images_never_share_an_expander_pass():
     """Even where rows and context happen to be an image's height and width."""
-    from vicreg_mm.model import _resolutions
+    from vicreg_mm.view_groups import resolutions
 
     views = {"global_0": torch.zeros(16, 3, 16, 16), "text_0": torch.zeros(16, 16), "global_1": torch.zeros(16, 3, 16, 16)}
-    assert _resolutions(views) == [["global_0", "global_1"], ["text_0"]]
+    assert resolutions(views) == [["global_0", "global_1"], ["text_0"]]

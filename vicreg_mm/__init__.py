@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vicreg_mm import config, encoders, objectives, pretrain
-    from vicreg_mm.model import VICReg
+    from vicreg_mm.plain_vicreg import VICReg
 
 __version__ = "0.1.0"
 __all__ = ["VICReg", "config", "encoders", "objectives", "pretrain"]
@@ -21,7 +21,7 @@ __all__ = ["VICReg", "config", "encoders", "objectives", "pretrain"]
 
 def __getattr__(name: str) -> Any:
     if name == "VICReg":
-        return importlib.import_module("vicreg_mm.model").VICReg
+        return importlib.import_module("vicreg_mm.plain_vicreg").VICReg
     if name in __all__:
         return importlib.import_module(f"vicreg_mm.{name}")
     raise AttributeError(f"module 'vicreg_mm' has no attribute '{name}'; public: {', '.join(__all__)}")

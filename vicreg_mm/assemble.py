@@ -65,7 +65,7 @@ def build_model(config: RunConfig, tokenizer: Any = None) -> Any:
         raise ConfigError(
             f"expander.projection {e.projection} has no effect: objective {config.objective.name} takes no texts; leave it out"
         )
-    image_expander = expander(encoder.num_features, wanted=any(view not in needs.texts for view in needs.views))
+    image_expander = expander(encoder.num_features, wanted=any(view not in needs.texts for view in needs.expanded))
     image_projection = projection(encoder.num_features)
     t = config.text
     if needs.texts:
@@ -79,7 +79,8 @@ def build_model(config: RunConfig, tokenizer: Any = None) -> Any:
     elif t.weights or t.frozen:
         raise ConfigError(f"text.weights and text.frozen have no effect: objective {config.objective.name} takes no texts; leave them out")
     joint = {"auto": None, "per_view": False, "per_resolution": True}[config.encoder.forward]
-    return PretrainModel(encoder, image_expander, objective, joint, e.forward == "per_resolution", text, image_projection)
+    local = Expander(encoder.map_width, needs.map_widths, final=e.final, norm=e.norm) if needs.map_widths else None
+    return PretrainModel(encoder, image_expander, objective, joint, e.forward == "per_resolution", text, image_projection, local)
 
 
 def start_from_weights(model: Any, config: RunConfig, weights: Any, tokenizer: Any = None) -> list[str]:
@@ -95,6 +96,7 @@ def start_from_weights(model: Any, config: RunConfig, weights: Any, tokenizer: A
         told.append("image encoder from " + load_weights(model.encoder, weights, allow=e.weights_allow, resample=e.weights_resample))
     if config.text.weights:
         told.append("text encoder from " + load_text_weights(model.text.encoder, config.text, tokenizer))
+    model.restart_momentum()
     return told
 
 
@@ -134,6 +136,7 @@ def open_data(config: RunConfig, needs: Any = None, tokenizer: Any = None) -> Da
         t = config.text
         synonyms = load_synonyms(t.synonyms) if t.synonyms else None
         texts = build_text_policy(t.views, tokenizer, t.context, num_views=len(needs.texts), synonyms=synonyms)
+    boxes = needs is not None and bool(needs.positions)
     view_sizes = policy.view_sizes | ({} if texts is None else {name: texts.context for name in texts.view_names})
     rank, world = distributed.rank(), distributed.world_size()
     if config.input.mode == "resampled":
@@ -144,6 +147,7 @@ def open_data(config: RunConfig, needs: Any = None, tokenizer: Any = None) -> Da
             config.batch,
             steps,
             texts=texts,
+            boxes=boxes,
             seed=config.seed,
             rank=rank,
             world_size=world,
@@ -158,7 +162,7 @@ def open_data(config: RunConfig, needs: Any = None, tokenizer: Any = None) -> Da
     slots = default_slots(config.batch, config.input.slots)
     plan = Plan(tuple(index.counts), config.batch, config.seed, slots)
     loader = PretrainLoader(
-        index, policy, plan, texts=texts, rank=rank, world_size=world, workers=config.input.workers,
+        index, policy, plan, texts=texts, boxes=boxes, rank=rank, world_size=world, workers=config.input.workers,
         cache_dir=config.input.cache or None, cache_bytes=int(config.input.cache_gib * 2**30),
     )  # fmt: skip
     fingerprint = {"num_samples": plan.num_samples, "num_shards": len(index.counts), "edition": index.edition, "slots": slots}

@@ -1,16 +1,19 @@
 """Encoder, expander and objective in the one module that DeepSpeed wraps: a batch of views -> loss, logs."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from vicreg_mm import distributed, objectives
-from vicreg_mm.encoders import TextEncoder, VisionEncoder, build_vision
+from vicreg_mm import distributed
+from vicreg_mm.config import ConfigError
+from vicreg_mm.encoders import TextEncoder, VisionEncoder
 from vicreg_mm.expander import Expander
-from vicreg_mm.objectives.graph import TEXT_PREFIX
+from vicreg_mm.momentum import MomentumCopy
+from vicreg_mm.objectives.needs import TEXT_PREFIX
+from vicreg_mm.view_groups import apply, apply_each, encode_images, has_batchnorm, image_groups, resolutions
 
 Output = Literal["expander", "encoder"]
 
@@ -28,13 +31,6 @@ class Normalize(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return (images.float() - self.mean) / self.std
-
-
-def has_batchnorm(module: nn.Module) -> bool:
-    """Whether the module's output for one sample depends on the others in the batch."""
-    if getattr(module, "frozen", False):
-        return False
-    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in module.modules())
 
 
 class TextTower(nn.Module):
@@ -56,6 +52,7 @@ class PretrainModel(nn.Module):
     whose statistics a joint batch would change. joint_expander: the same for the expander, whose BatchNorm then normalises the views of
     one resolution together. expander: None where the objective wants features alone. text: the text tower, where it wants texts.
     projection: between encoder and expander, features -> [N, P], the width that images and texts have in common; None: there is none.
+    local_expander: what each position of a feature map goes through, [N, C] -> [N, D], where the objective wants maps that did.
     """
 
     encoder: VisionEncoder
@@ -72,38 +69,57 @@ class PretrainModel(nn.Module):
         joint_expander: bool = False,
         text: TextTower | None = None,
         projection: nn.Linear | None = None,
+        local_expander: Expander | None = None,
     ):
         super().__init__()
         self.encoder = encoder
         self.expander = expander
         self.projection = projection
+        self.local_expander = local_expander
         self.objective = objective
         self.normalize = Normalize(encoder.mean, encoder.std)
         self.joint = not has_batchnorm(encoder) if joint is None else joint
         self.joint_expander = joint_expander
         self.text = text
+        self.momentum: MomentumCopy | None = None
+        if objective.needs.momentum:  # type: ignore[union-attr] # an nn.Module may have anything
+            assert expander is not None
+            self.momentum = MomentumCopy(encoder, projection, expander)
 
     def check_views(self, offered: Mapping[str, int]) -> None:
         """`check_views` of this model's objective and encoder."""
         check_views(self.objective.needs.all_views, offered, self.encoder)
+        if self.objective.needs.maps:
+            self.encoder.check_maps()
+
+    def check_zero_stage(self, stage: int) -> None:
+        """Raise ConfigError for a stage of ZeRO at which the model would not be trained exactly."""
+        if self.momentum is not None and stage == 3:
+            raise ConfigError(
+                "engine.zero_stage 3 with a momentum copy: its average needs whole parameters, which stage 3 cuts in pieces; "
+                "use --engine.zero_stage 2"
+            )
 
     def encode(self, views: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Features [N, F] of every view that the objective needs; views: uint8 [N, 3, H, W] of images, int64 [N, context] of texts."""
+        return self.encode_with_maps(views)[0]
+
+    def encode_with_maps(self, views: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The same, and the feature maps [N, C, h, w] of the views whose maps the objective needs, in one pass."""
         own = {name: views[name] for name in self.objective.needs.all_views if name in views}
         images = {name: view for name, view in own.items() if not is_text(name)}
         texts = {name: view for name, view in own.items() if is_text(name)}
-        features = _apply(self._features, images, _resolutions(images) if self.joint else [[name] for name in images])
+        maps = self.objective.needs.maps
+        groups = image_groups(images, self.joint)
+        found = apply_each(lambda view: encode_images(self.encoder, self.normalize(view), bool(maps)), images, groups)
+        features = found[0] if found else {}
         if texts:
             assert self.text is not None
-            features |= _apply(self.text.encoder, texts, [list(texts)])  # no BatchNorm there
-        return {name: features[name] for name in own}
+            features |= apply(self.text.encoder, texts, [list(texts)])  # no BatchNorm there
+        return {name: features[name] for name in own}, {name: found[1][name] for name in maps}
 
     def _features(self, images: Tensor) -> Tensor:
-        # transformers cannot reshape an empty batch; a rank without a good record encodes a black image and keeps none of it
-        # (with BatchNorm it would count in the statistics, and convolutions need no such help)
-        if len(images) or has_batchnorm(self.encoder):
-            return self.encoder(self.normalize(images))
-        return self.encoder(self.normalize(images.new_zeros(1, *images.shape[1:])))[:0]
+        return encode_images(self.encoder, self.normalize(images))[0]
 
     def score(
         self,
@@ -111,10 +127,16 @@ class PretrainModel(nn.Module):
         context: Mapping[str, Any] | None = None,
         resolutions: Sequence[Sequence[str]] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss and logs of features that `encode` gave. resolutions: the names of the views that share one, for `joint_expander`."""
+        """Loss and logs of features that `encode` gave.
+
+        context: row_weights, momentum: as the objective is given them; maps: feature maps [N, C, h, w]; boxes: as `Batch` has them.
+        resolutions: the names of the views that share one, for `joint_expander`.
+        """
         embeddings = self.embed(features, resolutions)
         needs = self.objective.needs
         context = {**(context or {}), "features": {name: features[name] for name in needs.features if name in features}}
+        if needs.maps:
+            context |= self._local(context["maps"], context.pop("boxes", None) or {})
         output = self.objective(embeddings, context)
         logs = {"loss/total": output.loss.detach()}
         logs.update({f"loss/{name}": term.detach() for name, term in output.terms.items()})
@@ -135,8 +157,18 @@ class PretrainModel(nn.Module):
         embeddings: dict[str, Tensor] = {}
         for group in groups:
             kind = "text" if is_text(group[0]) else "image"
-            embeddings |= _apply(partial(self._expanded, kind), {name: own[name] for name in group}, [group])
+            embeddings |= apply(partial(self._expanded, kind), {name: own[name] for name in group}, [group])
         return {name: embeddings[name] for name in own}
+
+    def _local(self, maps: Mapping[str, Tensor], boxes: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+        """maps and positions as the objective is given them."""
+        rows = {name: grid.flatten(2).transpose(1, 2) for name, grid in maps.items()}
+        if self.local_expander is not None:
+            flat = {name: grid.flatten(0, 1) for name, grid in rows.items()}
+            expanded = apply(self.local_expander, flat, image_groups(maps, self.joint_expander))
+            rows = {name: expanded[name].view(*grid.shape[:2], -1) for name, grid in rows.items()}
+        wanted = self.objective.needs.positions
+        return {"maps": rows, "positions": {name: positions_in_image(boxes[name], *maps[name].shape[2:]) for name in wanted}}
 
     def _tower(self, kind: str) -> "PretrainModel | TextTower":
         """What holds the projection and the expander of a kind of views."""
@@ -186,18 +218,30 @@ class PretrainModel(nn.Module):
 
     def forward(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """`batch`: an `input.batch.Batch`. Returns the loss and metrics by their name in metrics.jsonl."""
-        features = self.encode(batch.views)
-        context: dict[str, Any] = {}
+        features, maps = self.encode_with_maps(batch.views)
+        context: dict[str, Any] = {"maps": maps, "boxes": batch.boxes} if maps else {}
         image_ids = getattr(batch, "image_ids", None)
         if image_ids is not None:
             weights = duplicate_weights(image_ids)
             context["row_weights"] = {name: weights for name in features if not is_text(name)}
-        return self.score(features, context, _resolutions({name: batch.views[name] for name in features}))
+        if self.momentum is not None:
+            images = {name: batch.views[name] for name in self.objective.needs.momentum}
+            context["momentum"] = self.momentum.embed(images, self.normalize, self.joint, self.joint_expander)
+        return self.score(features, context, resolutions({name: batch.views[name] for name in features}))
 
     def after_step(self, progress: float) -> None:
         """Called after each optimizer step; progress: the share of the run that is done, 0 to 1."""
         if hasattr(self.objective, "after_step"):
             self.objective.after_step(progress)
+        if self.momentum is not None:
+            assert self.expander is not None
+            self.momentum.follow(self.encoder, self.projection, self.expander, self.objective.momentum_at(progress))
+
+    def restart_momentum(self) -> None:
+        """Make the momentum copy, where there is one, equal to encoder and expander: after these were given other weights."""
+        if self.momentum is not None:
+            assert self.expander is not None
+            self.momentum.restart(self.encoder, self.projection, self.expander)
 
 
 def is_text(view: str) -> bool:
@@ -211,21 +255,12 @@ def duplicate_weights(ids: Tensor) -> Tensor:
     return 1.0 / (ids[:, None] == everyone[None, :]).sum(1).float()
 
 
-def _resolutions(views: Mapping[str, Tensor]) -> list[list[str]]:
-    """The names of the views, those of one height and width together; texts apart from images."""
-    groups: dict[torch.Size, list[str]] = {}
-    for name, view in views.items():
-        groups.setdefault(view.shape[1:], []).append(name)
-    return list(groups.values())
-
-
-def _apply(module: Callable[[Tensor], Tensor], inputs: Mapping[str, Tensor], groups: Iterable[Sequence[str]]) -> dict[str, Tensor]:
-    """`module` of every input, those of a group in one call."""
-    outputs: dict[str, Tensor] = {}
-    for group in groups:
-        joined = inputs[group[0]] if len(group) == 1 else torch.cat([inputs[name] for name in group])
-        outputs.update(zip(group, module(joined).split([len(inputs[name]) for name in group]), strict=True))
-    return {name: outputs[name] for name in inputs}
+def positions_in_image(boxes: Tensor, rows: int, columns: int) -> Tensor:
+    """Where the centres of a map's positions lie in the original images: [N, 2, 3] of `Batch.boxes` -> x and y in pixels, [N, P, 2]."""
+    y = (torch.arange(rows, device=boxes.device).repeat_interleave(columns)[:, None] + 0.5) / rows
+    x = (torch.arange(columns, device=boxes.device).repeat(rows)[:, None] + 0.5) / columns
+    along_x, along_y, offset = boxes[:, None].unbind(-1)
+    return along_x * x + along_y * y + offset  # no matrix product, which autocast would round
 
 
 def check_views(needed: Sequence[str], offered: Mapping[str, int], encoder: VisionEncoder) -> None:
@@ -249,50 +284,3 @@ def check_views(needed: Sequence[str], offered: Mapping[str, int], encoder: Visi
     for name in needed:
         if not is_text(name):
             encoder.check_size(name, offered[name])
-
-
-class VICReg(nn.Module):
-    """Two views -> VICReg loss, in plain torch, for anybody's own loop; also under DistributedDataParallel.
-
-    loss = lambda_param * MSE(z1, z2) + mu_param * (v(z1) + v(z2)) / 2 + nu_param * (c(z1) + c(z2)) / 2, with the variance hinge v and the
-    covariance penalty c over the batch of all ranks.
-    backbone: a name of `encoders.build_vision` or a module [N, 3, H, W] -> [N, F] (then give `encoder_dim`).
-    projector_final: "bn_relu", as in the reference document, or "linear", as in the paper and the official code.
-    Views are normalised floats [N, 3, H, W]. Source: VICReg (arXiv:2105.04906) in the reference document's convention (`mean`).
-    """
-
-    def __init__(
-        self,
-        backbone: str | nn.Module = "resnet50",
-        encoder_dim: int | None = None,
-        projector_hidden_dim: int = 8192,
-        projector_output_dim: int = 8192,
-        lambda_param: float = 25.0,
-        mu_param: float = 25.0,
-        nu_param: float = 1.0,
-        variance_threshold: float = 1.0,
-        projector_final: Literal["linear", "bn_relu"] = "bn_relu",
-    ):
-        super().__init__()
-        self.encoder: nn.Module = build_vision(backbone) if isinstance(backbone, str) else backbone
-        num_features = getattr(self.encoder, "num_features", encoder_dim)
-        if num_features is None:
-            raise ValueError("encoder_dim is missing: a module given as backbone does not tell how many features it has")
-        if encoder_dim is not None and encoder_dim != num_features:
-            raise ValueError(f"encoder_dim is {encoder_dim}, but the backbone gives {num_features} features; leave it out")
-        widths = (projector_hidden_dim, projector_hidden_dim, projector_output_dim)
-        self.projector = Expander(int(num_features), widths, final=projector_final)
-        self.objective = objectives.build("vicreg", lambda_=lambda_param, mu=mu_param, nu=nu_param, gamma=variance_threshold)
-
-    def forward(self, view1: Tensor, view2: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Returns the loss and the detached scalars loss, inv_loss, var_loss, cov_loss, std_mean (over both views)."""
-        embeddings = {f"global_{i}": self.projector(self.encoder(view)) for i, view in enumerate((view1, view2))}
-        output = self.objective(embeddings)
-        metrics = {
-            "loss": output.loss.detach(),
-            "inv_loss": output.terms["invariance"].detach(),
-            "var_loss": output.terms["variance"].detach(),
-            "cov_loss": output.terms["covariance"].detach(),
-            "std_mean": output.logs["std_mean"],
-        }
-        return output.loss, metrics

@@ -98,7 +98,8 @@ def pretrain(config: RunConfig, device: torch.device) -> Path:
     schedule = schedule_of(config, data.steps_per_epoch)
     # a wrong setting must not leave a run directory behind
     parameter_groups(model, config.optim)
-    deepspeed_settings(config, distributed.world_size(), device)
+    settings = deepspeed_settings(config, distributed.world_size(), device)
+    model.check_zero_stage(settings["zero_optimization"]["stage"])
     if run is None:
         run, _ = checkpoint.open_run(config)
     if resumed is not None:

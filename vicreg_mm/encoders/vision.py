@@ -3,14 +3,15 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vicreg_mm.batchnorm import update_statistics_once
 from vicreg_mm.encoders.freezing import Freezable
+from vicreg_mm.encoders.maps import STAGES, features_and_map, map_width
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-_STAGES = ("layer1", "layer2", "layer3", "layer4")  # of a ResNet, in torchvision and in timm
 
 
 class VisionEncoder(Freezable):
@@ -51,6 +52,32 @@ class VisionEncoder(Freezable):
         self.head = tuple(head)
         self._matcher = matcher
 
+    @property
+    def map_width(self) -> int:
+        """The number of channels of the feature maps."""
+        return map_width(self.net, self.num_features)
+
+    def check_maps(self) -> None:
+        """Raise ValueError for a network that is not known to have feature maps."""
+        if features_and_map(self.net) is None:
+            raise ValueError(
+                f"encoder '{self.name}' has no feature maps that are known here; take one of timm's, a ResNet or an open_clip transformer, "
+                "or give yours timm's forward_features and forward_head"
+            )
+
+    def forward_with_maps(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Features [N, F], as `forward` gives them, and the last feature map [N, C, h, w], in one pass; raises as `check_maps`."""
+        both = features_and_map(self.net)
+        if both is None:
+            self.check_maps()
+        assert both is not None
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            return both(self.net, images)
+
+    def forward_maps(self, images: Tensor) -> Tensor:
+        """Normalised images [N, 3, H, W] -> the last feature map [N, C, h, w], C = `map_width`; raises as `check_maps`."""
+        return self.forward_with_maps(images)[1]
+
     def layers_after(self) -> dict[str, int]:
         """Parameter's name in `net` -> how many layers stand between it and the features, its own included.
 
@@ -88,8 +115,8 @@ class VisionEncoder(Freezable):
                 self.net.set_grad_checkpointing(enable)  # type: ignore[operator]
             except AssertionError:
                 raise ValueError(f"encoder '{self.name}' offers no activation checkpointing") from None
-        elif all(isinstance(getattr(self.net, stage, None), nn.Sequential) for stage in _STAGES):
-            for stage in _STAGES:
+        elif all(isinstance(getattr(self.net, stage, None), nn.Sequential) for stage in STAGES):
+            for stage in STAGES:
                 setattr(self.net, stage, (RecomputedBlocks if enable else nn.Sequential)(*getattr(self.net, stage)))
         else:
             raise ValueError(f"encoder '{self.name}' offers no activation checkpointing")

@@ -17,6 +17,7 @@ class Batch:
     samples have none (resampled shards). labels: int64 [n], -1 where a record has none; None in a set without labels. image_ids: int64
     [n], equal for equal image files (64 bits of their hash); None without texts. bad: one message for each record left out.
     captions: of each record, as they are; None where views are made of them or nobody asked. num_blank: captions that show nothing.
+    boxes: of each image view, float32 [n, 2, 3], `geometry.view_to_image`; None where nobody asked.
     """
 
     views: dict[str, Tensor]
@@ -27,6 +28,7 @@ class Batch:
     image_ids: Tensor | None = None
     captions: tuple[tuple[str, ...], ...] | None = None
     num_blank: int = 0
+    boxes: dict[str, Tensor] | None = None
 
     @property
     def num_samples(self) -> int:
@@ -42,22 +44,35 @@ class Batch:
 
     def _with(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         views = {name: change(view) for name, view in self.views.items()}
+        boxes = None if self.boxes is None else {name: change(box) for name, box in self.boxes.items()}
         labels, image_ids = (None if tensor is None else change(tensor) for tensor in (self.labels, self.image_ids))
-        return replace(self, views=views, rows=change(self.rows), labels=labels, image_ids=image_ids)
+        return replace(self, views=views, rows=change(self.rows), labels=labels, image_ids=image_ids, boxes=boxes)
 
 
 class Tray:
-    """Where the records of one batch are laid, one after another. shapes: of each image view, [3, H, W]; contexts: of each text view."""
+    """Where the records of one batch are laid, one after another.
 
-    def __init__(self, capacity: int, shapes: Mapping[str, tuple[int, ...]], contexts: Mapping[str, int] | None = None):
+    shapes: of each image view, [3, H, W]; contexts: of each text view. boxes: whether there are some of each image view.
+    """
+
+    def __init__(
+        self, capacity: int, shapes: Mapping[str, tuple[int, ...]], contexts: Mapping[str, int] | None = None, boxes: bool = False
+    ):
         self._views = {name: np.empty((capacity, *shape), np.uint8) for name, shape in shapes.items()}
         self._views |= {name: np.empty((capacity, context), np.int64) for name, context in (contexts or {}).items()}
+        self._boxes = {name: np.empty((capacity, 2, 3), np.float32) for name in shapes} if boxes else None
         self._rows: list[int] = []
         self._labels: list[int] = []
         self._image_ids: list[int] | None = [] if contexts else None
         self._bad: list[str] = []
         self._captions: list[tuple[str, ...]] = []
         self._num_blank = 0
+
+    def put_boxes(self, boxes: Mapping[str, np.ndarray]) -> None:
+        """Lay down the boxes of the record that is put next, if it is put at all."""
+        assert self._boxes is not None
+        for name, box in boxes.items():
+            self._boxes[name][len(self._rows)] = box
 
     def put(self, views: dict[str, np.ndarray], row: int, label: int | None, image: bytes | None = None) -> None:
         """Lay down the views of a record. image: the file, by which duplicates are known; needed where there are texts."""
@@ -89,4 +104,5 @@ class Tray:
             image_ids=None if self._image_ids is None else torch.tensor(self._image_ids, dtype=torch.int64),
             captions=tuple(self._captions) if captioned else None,
             num_blank=self._num_blank,
+            boxes=None if self._boxes is None else {name: torch.from_numpy(array[:good]) for name, array in self._boxes.items()},
         )

@@ -120,21 +120,26 @@ def share_of(batch: int, world_size: int) -> int:
 
 
 class _PlannedBatches(Dataset):
-    """Position -> this rank's part of that global batch."""
+    """Position -> this rank's part of that global batch. own: its rows there; boxes: give those of the views."""
 
-    def __init__(self, reader: Reader, policy: ViewPolicy, texts: TextViewPolicy | None, plan: Plan, first: int, last: int):
-        self.reader, self.policy, self.texts, self.plan, self.first, self.last = reader, policy, texts, plan, first, last
+    def __init__(self, reader: Reader, policy: ViewPolicy, texts: TextViewPolicy | None, plan: Plan, own: tuple[int, int], boxes: bool):
+        self.reader, self.policy, self.texts, self.plan, self.own, self.boxes = reader, policy, texts, plan, own, boxes
         self.shapes, self.contexts = shapes_of(policy, texts)
 
     def __getitem__(self, position: Position) -> Batch | ShardError:
+        rows = self.plan.rows(position.epoch, position.step, *self.own)
+        tray = Tray(len(rows), self.shapes, self.contexts, self.boxes)
+
         def views_of(sample: Sample) -> dict[str, np.ndarray]:
             key = (self.plan.seed, position.epoch, sample.shard, sample.row_in_shard)
             texts = {} if self.texts is None else self.texts(sample.captions, key)
-            return self.policy(decode(sample.image or b""), key) | texts
+            image = decode(sample.image or b"")
+            if self.boxes:
+                tray.put_boxes(self.policy.boxes(image.shape[0], image.shape[1], key))
+            return self.policy(image, key) | texts
 
-        rows = self.plan.rows(position.epoch, position.step, self.first, self.last)
         try:
-            return assemble(self.reader, rows.tolist(), Tray(len(rows), self.shapes, self.contexts), views_of)
+            return assemble(self.reader, rows.tolist(), tray, views_of)
         except ShardError as error:
             return error
 
@@ -154,7 +159,7 @@ class PretrainLoader:
     """This rank's part of every planned global batch, as views made by `policy`, and `texts` of the captions.
 
     rank, world_size: the layout; it decides who gets which rows of a global batch, never which rows are in it.
-    prefetch: batches ahead per worker. cache_dir, cache_bytes: of remote shards.
+    boxes: say where in its image every view lies. prefetch: batches ahead per worker. cache_dir, cache_bytes: of remote shards.
     Raises ValueError if the ranks do not divide the batch, if the plan is of another set, or if the set has no images (with
     `texts`: no captions).
     """
@@ -166,6 +171,7 @@ class PretrainLoader:
         plan: Plan,
         *,
         texts: TextViewPolicy | None = None,
+        boxes: bool = False,
         rank: int = 0,
         world_size: int = 1,
         workers: int = 0,
@@ -180,10 +186,10 @@ class PretrainLoader:
             raise ValueError(f"the plan is of {plan.num_samples} samples in {len(plan.counts)} shards, not of {index}")
         share = share_of(plan.batch, world_size)
         self.plan, self.workers, self.prefetch = plan, workers, prefetch
-        first, last = rank * share, (rank + 1) * share
+        own = rank * share, (rank + 1) * share
         if index.remote:
-            _warn_of_small_cache(index, plan, first, last, cache_bytes)
-        self._dataset = _PlannedBatches(Reader(index, cache_dir, cache_bytes), policy, texts, plan, first, last)
+            _warn_of_small_cache(index, plan, *own, cache_bytes)
+        self._dataset = _PlannedBatches(Reader(index, cache_dir, cache_bytes), policy, texts, plan, own, boxes)
 
     @property
     def steps_per_epoch(self) -> int:

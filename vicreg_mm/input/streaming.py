@@ -110,6 +110,7 @@ class ResampledLoader:
     """This rank's part of batches that are drawn from shards with replacement.
 
     source: see `expand_source`. batch: global. steps_per_epoch: what an epoch is to mean. buffer: records that are shuffled together.
+    boxes: say where in its image every view lies.
     Raises ValueError if the ranks do not divide the batch or steps_per_epoch is not positive, ShardError for the shards.
     """
 
@@ -121,6 +122,7 @@ class ResampledLoader:
         steps_per_epoch: int,
         *,
         texts: TextViewPolicy | None = None,
+        boxes: bool = False,
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
@@ -131,7 +133,7 @@ class ResampledLoader:
         if steps_per_epoch < 1:
             raise ValueError(f"steps_per_epoch {steps_per_epoch}: resampled shards have no end, so say how many steps are an epoch")
         self.urls = expand_source(source)
-        self.texts = texts
+        self.texts, self.boxes = texts, boxes
         self.policy, self.seed, self.rank, self.workers, self.prefetch, self.buffer = policy, seed, rank, workers, prefetch, buffer
         self.share = share_of(batch, world_size)
         self.steps_per_epoch = steps_per_epoch
@@ -157,7 +159,7 @@ class ResampledLoader:
 
     def batch(self, records: Iterator[dict[str, Any]], position: Position, faults: _Faults) -> Batch:
         """The next `share` records as a batch, less the bad ones; a shard that could not be read on counts as one more bad record."""
-        tray = Tray(self.share, *self._shapes)
+        tray = Tray(self.share, *self._shapes, self.boxes)
         for number in range(self.share):
             record = next(records)
             where = f"shard '{record['__url__']}' key '{record['__key__']}'"
@@ -168,7 +170,10 @@ class ResampledLoader:
                     raise RecordError(f"{where}: missing image")
                 key = (self.seed, position.epoch, position.step, self.rank * self.share + number)
                 texts = {} if self.texts is None else self.texts(captions, key)
-                views = self.policy(decode(image), key) | texts
+                pixels = decode(image)
+                if self.boxes:
+                    tray.put_boxes(self.policy.boxes(pixels.shape[0], pixels.shape[1], key))
+                views = self.policy(pixels, key) | texts
             except RecordError as error:
                 tray.leave_out(str(error))
             except BadImage as error:

@@ -91,9 +91,11 @@ def register(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 # each module registers its builder; they import OBJECTIVES from here, so they come last
 from vicreg_mm.objectives import adaptive as adaptive  # noqa: E402
 from vicreg_mm.objectives import barlow_twins as barlow_twins  # noqa: E402
+from vicreg_mm.objectives import byol as byol  # noqa: E402
 from vicreg_mm.objectives import contrastive as contrastive  # noqa: E402
 from vicreg_mm.objectives import crossmodal as crossmodal  # noqa: E402
 from vicreg_mm.objectives import multicrop as multicrop  # noqa: E402
 from vicreg_mm.objectives import sigreg as sigreg  # noqa: E402
 from vicreg_mm.objectives import simclr as simclr  # noqa: E402
 from vicreg_mm.objectives import vicreg as vicreg  # noqa: E402
+from vicreg_mm.objectives import vicregl as vicregl  # noqa: E402

@@ -23,11 +23,12 @@ def check_objective(name: str, objective: Any) -> nn.Module:
     needs = getattr(objective, "needs", None)
     if not isinstance(needs, Needs):
         raise ValueError(f"{what}: {type(objective).__name__}.needs is {shown(needs)}; objectives.Needs(views=(...)) is needed")
-    for field, views in (("views", needs.views), ("features", needs.features)):
-        if not isinstance(views, tuple) or not all(isinstance(view, str) for view in views):
-            raise ValueError(f"{what}: needs.{field} is {shown(views)}; a tuple of views' names is needed")
-    if not needs.all_views:
-        raise ValueError(f"{what}: its needs name no view; at least one is needed")
+    if fault := needs.fault():
+        raise ValueError(f"{what}: {fault}")
+    if needs.momentum and not callable(getattr(objective, "momentum_at", None)):
+        raise ValueError(
+            f"{what}: it needs a momentum copy, but {type(objective).__name__} has no momentum_at(progress), the share that it keeps"
+        )
     _FirstOutput(what).watch(objective)
     return objective
 

@@ -24,10 +24,9 @@ from torch import Tensor, nn
 
 from vicreg_mm.objectives.embeddings import COLLAPSED_BELOW, needed
 from vicreg_mm.objectives.learned_weights import LearnedWeights, Observation
+from vicreg_mm.objectives.needs import Needs as Needs
 from vicreg_mm.objectives.terms import Terms, global_terms, invariances
 from vicreg_mm.objectives.weighting import TERMS, FixedWeights
-
-TEXT_PREFIX = "text_"  # what the names of text views begin with
 
 
 @dataclass(frozen=True)
@@ -104,24 +103,6 @@ class ViewGraph:
 def _check_weight(what: str, weight: float) -> None:
     if not (math.isfinite(weight) and weight >= 0):
         raise ValueError(f"{what} has weight {weight}; a weight must be finite and not negative")
-
-
-@dataclass(frozen=True)
-class Needs:
-    """What an objective must be given: views by name, as embeddings; and those whose features it wants, in context["features"]."""
-
-    views: tuple[str, ...]
-    features: tuple[str, ...] = ()
-
-    @property
-    def all_views(self) -> tuple[str, ...]:
-        """Every view that must be encoded."""
-        return tuple(dict.fromkeys((*self.views, *self.features)))
-
-    @property
-    def texts(self) -> tuple[str, ...]:
-        """Those of them that are texts."""
-        return tuple(view for view in self.all_views if view.startswith(TEXT_PREFIX))
 
 
 class ObjectiveOutput(NamedTuple):

@@ -5,14 +5,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vicreg_mm.objectives.graph import Needs, ObjectiveOutput
+from vicreg_mm.objectives.graph import ObjectiveOutput
+from vicreg_mm.objectives.needs import joined
 
 
 class SumObjective(nn.Module):
     """sum_k w_k L_k. parts: by name; weights: by name.
 
     Terms and logs of the parts stand side by side under their own names, or under PART/NAME where two parts have the same.
-    Raises ValueError for a weight that is not positive: a part of weight 0 is to be left out.
+    Raises ValueError for a weight that is not positive: a part of weight 0 is to be left out; and as `needs.joined`.
     """
 
     parts: Any  # nn.ModuleDict of objectives
@@ -24,11 +25,7 @@ class SumObjective(nn.Module):
                 raise ValueError(f"{name}.weight = {weight}; the weight of a part must be positive")
         self.parts = nn.ModuleDict(parts)
         self.weights = dict(weights)
-        needs = [part.needs for part in parts.values()]
-        self.needs = Needs(
-            views=tuple(dict.fromkeys(view for need in needs for view in need.views)),
-            features=tuple(dict.fromkeys(view for need in needs for view in need.features)),
-        )
+        self.needs = joined([part.needs for part in parts.values()])
         self.gamma = next((part.gamma for part in parts.values() if hasattr(part, "gamma")), 1.0)
 
     def forward(self, embeddings: Mapping[str, Tensor], context: Mapping[str, Any] | None = None) -> ObjectiveOutput:
@@ -42,6 +39,10 @@ class SumObjective(nn.Module):
     def projections(self) -> dict[str, nn.Module] | None:
         """Those of the first part that has some."""
         return next((part.projections for part in self.parts.values() if getattr(part, "projections", None)), None)
+
+    def momentum_at(self, progress: float) -> float:
+        """What the part that needs a momentum copy says."""
+        return next(part for part in self.parts.values() if part.needs.momentum).momentum_at(progress)
 
     def after_step(self, progress: float) -> None:
         """Pass the share of training done on to the parts that ask for it."""

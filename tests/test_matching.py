@@ -1,0 +1,63 @@
+"""Pairs of positions: against a search written out, on grids whose answer is visible, and where nothing is there."""
+
+import pytest
+import torch
+
+from vicreg_mm.objectives.matching import at_positions, nearest_pairs
+
+
+def points(n, p, e, seed):
+    return torch.randn(n, p, e, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def search(a, b, num_pairs):
+    """Of one image, one position after another."""
+    found = []
+    for i, x in enumerate(a.tolist()):
+        distances = [sum((s - t) ** 2 for s, t in zip(x, y, strict=True)) for y in b.tolist()]
+        j = min(range(len(distances)), key=distances.__getitem__)
+        found.append((distances[j], i, j))
+    return [(i, j) for _, i, j in sorted(found)[:num_pairs]]
+
+
+@pytest.mark.parametrize("num_pairs", [1, 5, 12, 99])
+def test_the_pairs_are_those_of_a_search_written_out(num_pairs):
+    a, b = points(6, 12, 3, 0), points(6, 7, 3, 1)
+    in_a, in_b = nearest_pairs(a, b, num_pairs)
+    assert in_a.shape == in_b.shape == (6, min(num_pairs, 12))
+    for image in range(6):
+        assert list(zip(in_a[image].tolist(), in_b[image].tolist(), strict=True)) == search(a[image], b[image], num_pairs)
+
+
+def test_on_a_line_the_closest_pairs_come_first():
+    a, b = torch.tensor([[[0.0], [10.0], [20.0]]]), torch.tensor([[[19.0], [-3.0]]])
+    in_a, in_b = nearest_pairs(a, b, 2)
+    assert (in_a.tolist(), in_b.tolist()) == ([[2, 0]], [[0, 1]])
+
+
+def test_of_equal_distances_the_first_in_order_wins():
+    same = torch.zeros(1, 4, 2)
+    assert [found.tolist() for found in nearest_pairs(same, same, 3)] == [[[0, 1, 2]], [[0, 0, 0]]]
+
+
+def test_a_match_does_not_depend_on_the_rows_beside_it():
+    """So that it is the same on any number of ranks; also far from the origin, where a difference of squares has no digits left."""
+    a, b = (1000 + points(9, 16, 64, seed).float() for seed in (2, 3))
+    whole = nearest_pairs(a, b, 16)
+    for n in range(9):
+        assert all(torch.equal(part[0], full[n]) for part, full in zip(nearest_pairs(a[n : n + 1], b[n : n + 1], 16), whole, strict=True))
+    exact = nearest_pairs(a.double(), b.double(), 16)
+    assert all(torch.equal(found, wanted) for found, wanted in zip(whole, exact, strict=True))
+
+
+def test_no_gradient_and_no_rows():
+    a = points(2, 4, 3, 0).requires_grad_()
+    assert not any(found.requires_grad for found in nearest_pairs(a, a, 2))
+    in_a, in_b = nearest_pairs(a[:0], a[:0], 2)
+    assert in_a.shape == in_b.shape == (0, 2) and at_positions(a[:0], in_a).shape == (0, 2, 3)
+
+
+def test_rows_are_taken_at_positions():
+    z = points(2, 4, 3, 0)
+    positions = torch.tensor([[3, 0], [1, 1]])
+    assert torch.equal(at_positions(z, positions), torch.stack([z[0, [3, 0]], z[1, [1, 1]]]))

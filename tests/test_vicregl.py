@@ -1,0 +1,155 @@
+"""VICRegL against its equations in float64, pair by pair; what it keeps, mixes and asks for."""
+
+import pytest
+import torch
+
+from tests import oracle
+from tests.test_matching import search
+from vicreg_mm import objectives
+
+SIZES = {"global_0": 9, "global_1": 9, "local_0": 4, "local_1": 4}
+
+
+def batch(num_local=0, n=8, d=5, local=3, dtype=torch.float64):
+    """Embeddings, maps and positions of every view, with gradients for the first two."""
+    generator = torch.Generator().manual_seed(0)
+    views = list(SIZES)[: 2 + num_local]
+    z = {view: torch.randn(n, d, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for view in views}
+    maps = {view: torch.randn(n, SIZES[view], local, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for view in views}
+    places = {view: 100 * torch.rand(n, SIZES[view], 2, generator=generator) for view in views}
+    return z, {"maps": maps, "positions": places}
+
+
+def pair_loss(a, b, lambda_=25.0, mu=25.0, nu=1.0, weights=None):
+    var = (oracle.variance(a, weights=weights) + oracle.variance(b, weights=weights)) / 2
+    cov = (oracle.covariance(a, weights) + oracle.covariance(b, weights)) / 2
+    return lambda_ * oracle.invariance(a, b) + mu * var + nu * cov
+
+
+def matched_loss(z_a, z_b, where_a, where_b, gamma, weights=None):
+    """1/gamma sum_k l(a_k, b_k), the matches of each image found by a search."""
+    pairs = [search(a, b, gamma) for a, b in zip(where_a.detach(), where_b.detach(), strict=True)]
+    kept = len(pairs[0])
+    total = 0.0
+    for k in range(kept):
+        a = torch.stack([z_a[n, pair[k][0]] for n, pair in enumerate(pairs)])
+        b = torch.stack([z_b[n, pair[k][1]] for n, pair in enumerate(pairs)])
+        total = total + pair_loss(a, b, weights=weights) / kept
+    return total
+
+
+def equation(z, context, alpha=0.75, gammas=(5, 2), weights=None):
+    """The formula of the module, one term after another."""
+    maps, places, views = context["maps"], context["positions"], list(z)
+    n = len(views) - 2
+    edges = {("global_0", "global_1"): 1 / (1 + n)} | {(g, v): 0.5 / (1 + n) for g in views[:2] for v in views[2:]}
+    whole = sum(w * 25 * oracle.invariance(z[a], z[b]) for (a, b), w in edges.items())
+    whole = whole + sum(25 * oracle.variance(z[v], weights=weights) + oracle.covariance(z[v], weights) for v in views) / len(views)
+    local = 0.0
+    for (first, second), w in edges.items():
+        for a, b in ((first, second), (second, first)):
+            gamma = gammas[a.startswith("local")]
+            for where in (places, maps):
+                local = local + w / 2 * matched_loss(maps[a], maps[b], where[a], where[b], gamma, weights)
+    return alpha * whole + (1 - alpha) * local
+
+
+def built(num_local=0, **options):
+    return objectives.build("vicregl", num_local=num_local, num_matches=5, num_matches_local=2, **options)
+
+
+@pytest.mark.parametrize("num_local", [0, 2])
+@pytest.mark.parametrize("alpha", [0.75, 0.0])
+def test_loss_and_gradients_are_those_of_the_equations(num_local, alpha):
+    z, context = batch(num_local)
+    inputs = [*z.values(), *context["maps"].values()]
+    out, expected = built(num_local, alpha=alpha)(z, context), equation(z, context, alpha)
+    assert oracle.relative_error(out.loss, expected) <= 1e-12
+    for found, wanted in zip(torch.autograd.grad(out.loss, inputs), torch.autograd.grad(expected, inputs), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
+
+
+def test_row_weights_count_in_both_criteria():
+    z, context = batch()
+    weights = torch.linspace(0.5, 1.0, 8, dtype=torch.float64)
+    context["row_weights"] = dict.fromkeys(z, weights)
+    assert oracle.relative_error(built()(z, context).loss, equation(z, context, weights=weights)) <= 1e-12
+
+
+def test_float32_keeps_six_digits():
+    z, context = batch(dtype=torch.float32)
+    exact = {"maps": {view: grid.double() for view, grid in context["maps"].items()}, "positions": context["positions"]}
+    assert oracle.relative_error(built()(z, context).loss, equation({view: rows.double() for view, rows in z.items()}, exact)) <= 1e-6
+
+
+def test_the_loss_is_the_weighted_sum_of_its_terms_and_its_local_part_is_logged():
+    z, context = batch()
+    out = built(lambda_=10.0, mu=20.0, nu=3.0)(z, context)
+    total = 10 * out.terms["invariance"] + 20 * out.terms["variance"] + 3 * out.terms["covariance"]
+    torch.testing.assert_close(out.loss, total, rtol=1e-12, atol=0)
+    assert {"invariance/local", "variance/local", "covariance/local", "std_mean/local", "collapsed_dims/local", "std_mean",
+            "covariance/global_1", "invariance/global_0-global_1"} <= set(out.logs)  # fmt: skip
+    assert torch.equal(out.logs["loss/fixed"], out.loss.detach())
+    assert out.logs["covariance_floor"] <= out.terms["covariance"].detach()
+    alone = built(alpha=0.0)(z, context)
+    torch.testing.assert_close(out.logs["covariance/local"], alone.terms["covariance"].detach())
+
+
+def test_views_and_maps_that_agree_everywhere_have_no_invariance():
+    z, context = batch()
+    for kind in (z, context["maps"], context["positions"]):
+        kind["global_1"] = kind["global_0"]
+    assert built()(z, context).terms["invariance"].abs() <= 1e-12
+
+
+def test_only_the_closest_pairs_count():
+    """A position of global_0 that is far from all of global_1, in place and look, has no gradient."""
+    z, context = batch()
+    with torch.no_grad():
+        context["maps"]["global_0"][:, 4] += 50
+        context["positions"]["global_0"][:, 4] += 5000
+    loss = built()(z, context).loss
+    gradient = torch.autograd.grad(loss, context["maps"]["global_0"])[0].norm(dim=(0, 2))
+    assert gradient[4] == 0 and (gradient > 0).sum() >= 5
+
+
+def test_maps_of_fewer_positions_are_matched_whole():
+    z, context = batch()
+    all_pairs = [objectives.build("vicregl", num_matches=count)(z, context).loss for count in (9, 20)]
+    torch.testing.assert_close(*all_pairs, rtol=0, atol=0)
+
+
+def test_it_asks_for_maps_positions_and_a_local_expander():
+    needs = objectives.build("vicregl", num_local=1).needs
+    assert needs.views == needs.maps == needs.positions == ("global_0", "global_1", "local_0")
+    assert needs.map_widths == (512, 512, 512)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"alpha": 1.0}, r"alpha = 1.0; the share of the global criterion is from 0 to below 1 \(for 1 take multicrop\)"),
+        ({"num_matches": 0}, "num_matches = 0; it must be positive"),
+        ({"num_matches_local": 0}, "num_matches_local = 0; it must be positive"),
+        ({"local_width": 0}, "local_width = 0; it must be positive"),
+        ({"num_local": -1}, "num_local = -1; the number of local views"),
+        ({"nu": -1.0}, "nu = -1.0; a loss weight must be finite and not negative"),
+    ],
+)
+def test_what_cannot_be_is_said_in_one_line(options, message):
+    with pytest.raises(ValueError, match=message):
+        objectives.build("vicregl", **options)
+
+
+def test_what_is_missing_or_misshapen_is_named():
+    z, context = batch()
+    with pytest.raises(ValueError, match=r"no maps of global_0, global_1: context\['maps'\] must hold those of global_0, global_1"):
+        built()(z)
+    with pytest.raises(ValueError, match="no positions of global_1"):
+        built()(z, {**context, "positions": {"global_0": context["positions"]["global_0"]}})
+    with pytest.raises(ValueError, match=r"the map of view 'global_1' has shape \[8, 9, 2\]; expected \[8, P, 3\]"):
+        built()(z, {**context, "maps": {**context["maps"], "global_1": context["maps"]["global_1"][..., :2]}})
+    with pytest.raises(ValueError, match=r"the positions of view 'global_1' have shape \[8, 4, 2\]; expected \[8, 9, 2\]"):
+        built()(z, {**context, "positions": {**context["positions"], "global_1": context["positions"]["global_1"][:, :4]}})
+    with pytest.raises(ValueError, match="no embeddings of global_1"):
+        built()({"global_0": z["global_0"]}, context)
