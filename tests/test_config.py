@@ -89,10 +89,10 @@ def test_a_malformed_value_is_one_line_with_its_name(arguments, message):
         (["--optim.final_weight_decay", "-0.1"], "optim.final_weight_decay is -0.1; it cannot be negative"),
         (["--optim.max_lr", "-1"], "optim.max_lr is -1"),
         (["--encoder.layer_scale", "-1"], "encoder.layer_scale is -1"),
-        (["--encoder.frozen"], "encoder.frozen would keep random weights for good: give --encoder.weights, or --encoder.no-frozen"),
-        (["--text.frozen"], "text.frozen would keep random weights for good: give --text.weights"),
-        (["--encoder.weights_allow", "fc"], r"encoder.weights_allow \['fc'\] has no effect: encoder.weights is empty"),
-        (["--encoder.weights_resample"], "encoder.weights_resample True has no effect: encoder.weights is empty"),
+        (["--encoder.frozen"], r"encoder.frozen would keep random weights for good: give --encoder.weights \(random"),
+        (["--text.frozen"], "text.frozen would keep random weights for good: give --text.weights .*or --text.no-frozen"),
+        (["--encoder.weights_allow", "fc"], r"encoder.weights_allow \['fc'\] has no effect: encoder.weights names none"),
+        (["--encoder.weights_resample"], "encoder.weights_resample True has no effect: encoder.weights names none"),
         (["--encoder.weights", "x", "--encoder.zero_init_residual", "True"], "zero_init_residual True has no effect: encoder.weights says"),
         (["--encoder.weights", "x", "--encoder.frozen", "--encoder.drop_path", "0.1"], "drop_path 0.1 has no effect: encoder.frozen"),
         (
@@ -145,6 +145,10 @@ def test_a_resumed_run_keeps_the_mean_and_std_that_it_took_from_its_weights_unle
     other = dataclasses.replace(asked, encoder=dataclasses.replace(asked.encoder, mean=(0.4, 0.5, 0.5)))
     assert configs.differences(begun, other) == ["encoder.mean: [0.5, 0.5, 0.5] -> [0.4, 0.5, 0.5]"]
     assert configs.differences(begun, RECIPE) == ["encoder.weights: 'library' -> ''"]
+
+
+def test_a_tower_with_random_weights_is_frozen_where_that_is_said_aloud():
+    assert parse(RECIPE, ["--encoder.weights", "random", "--encoder.frozen", "--encoder.zero_init_residual", "True"]).encoder.frozen
 
 
 def test_the_toy_of_a_smoke_profile_starts_from_no_weights():

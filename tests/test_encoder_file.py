@@ -243,4 +243,6 @@ def test_a_run_starts_only_from_an_encoder_of_its_own_kind(tmp_path):
         ValueError, match=r"with name timm/test_resnet, this one has torchvision/resnet18; give --encoder\.name timm/test_res"
     ):
         given_weights(tiny_config("shards", "", encoder__weights=str(tmp_path), encoder__name="resnet18"))
-    assert given_weights(tiny_config("shards", "")) == (None, tiny_config("shards", ""))
+    for nothing in ("", "random"):
+        config = tiny_config("shards", "", encoder__weights=nothing)
+        assert given_weights(config) == (None, config)

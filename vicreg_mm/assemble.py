@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from vicreg_mm import distributed
-from vicreg_mm.config import ConfigError, RunConfig
+from vicreg_mm.config import ConfigError, RunConfig, is_given
 
 
 def build_objective(config: RunConfig, image_features: int) -> Any:
@@ -94,7 +94,7 @@ def start_from_weights(model: Any, config: RunConfig, weights: Any, tokenizer: A
     told, e = [], config.encoder
     if weights is not None:
         told.append("image encoder from " + load_weights(model.encoder, weights, allow=e.weights_allow, resample=e.weights_resample))
-    if config.text.weights:
+    if is_given(config.text.weights):
         told.append("text encoder from " + load_text_weights(model.text.encoder, config.text, tokenizer))
     model.restart_momentum()
     return told

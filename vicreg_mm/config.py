@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeVar
 
 Part = TypeVar("Part")
 BUILTIN_DIGITS = "builtin:digits"
+RANDOM = "random"
 
 
 class ConfigError(ValueError):
@@ -57,7 +58,7 @@ class EncoderConfig:
     name: str = "torchvision/resnet50"
     """torchvision/NAME, timm/NAME, open_clip/NAME, or your own: package.module:function."""
     weights: str = ""
-    """What it starts from: a run directory, a file of weights, library (or library:TAG) for the library's own; empty: random weights."""
+    """What it starts from: a run directory, a file, library (or library:TAG) for the library's own weights; empty or random: nothing."""
     weights_allow: tuple[str, ...] = ()
     """Names of layers in which those weights may lack something or have too much; a library's classifier needs no mention."""
     weights_resample: bool = False
@@ -105,7 +106,7 @@ class TextConfig:
     heads: int = 8
     """Attention heads; 1 for gru."""
     weights: str = ""
-    """What it starts from: a run directory, an open_clip folder or file, open_clip/NAME@library:TAG; empty: random weights."""
+    """What it starts from: a run directory, an open_clip folder or file, open_clip/NAME@library:TAG; empty or random: random weights."""
     frozen: bool = False
     """Keep it as it is: evaluation mode, no gradient."""
 
@@ -216,7 +217,7 @@ class EvaluationConfig:
     limit: int = 0
     """Use at most this many training images; 0: all."""
     every_epochs: float = 0.0
-    """Measure images and texts of `test` during training, too, after this many epochs; 0: at the end alone."""
+    """Measure kNN, and of image-text runs retrieval and zero-shot, during training, too, after this many epochs; 0: at the end alone."""
     class_names: str = ""
     """Zero-shot classification of `test`: "imagenet", or a file of names in the order of the labels; empty: classes.json of the shards."""
     templates: str = "simple"
@@ -275,6 +276,7 @@ NOT_NEGATIVE = (
     "optim.max_lr", "optim.weight_decay", "optim.momentum", "optim.warmup_epochs", "optim.clip", "input.workers",
     "input.steps_per_epoch", "encoder.layer_scale",
     "checkpoint.every_epochs", "checkpoint.every_steps", "checkpoint.milestone_epochs", "evaluation.limit",
+    "evaluation.every_epochs",
 )  # fmt: skip
 
 
@@ -327,11 +329,19 @@ def check(config: RunConfig) -> None:
         raise ConfigError("evaluation.train and evaluation.test go together: one of them is empty")
 
 
+def is_given(weights: str) -> bool:
+    """Whether a tower starts from weights that are read from somewhere."""
+    return weights not in ("", RANDOM)
+
+
 def _check_weights(config: RunConfig) -> None:
     """Raise ConfigError for a tower that would keep its random weights, and for a normalisation that is none."""
     for tower, part, own in (("encoder", config.encoder, ":" in config.encoder.name), ("text", config.text, False)):
         if part.frozen and not part.weights and not own:  # an encoder of one's own may come with weights
-            raise ConfigError(f"{tower}.frozen would keep random weights for good: give --{tower}.weights, or --{tower}.no-frozen")
+            raise ConfigError(
+                f"{tower}.frozen would keep random weights for good: give --{tower}.weights ({RANDOM}, if they are meant), or "
+                f"--{tower}.no-frozen"
+            )
     for name in ("mean", "std"):
         values = getattr(config.encoder, name)
         if values is not None and not all(math.isfinite(v) and (name == "mean" or v > 0) for v in values):
@@ -343,14 +353,15 @@ def _check_effects(config: RunConfig) -> None:
     unused = {
         "optim.betas": config.optim.name != "adamw" and f"optim.name {config.optim.name} has none",
         "optim.momentum": config.optim.name == "adamw" and "optim.name adamw has betas",
-        "encoder.weights_allow": not config.encoder.weights and "encoder.weights is empty",
-        "encoder.weights_resample": not config.encoder.weights and "encoder.weights is empty",
-        "encoder.zero_init_residual": bool(config.encoder.weights) and "encoder.weights says how every layer starts",
+        "encoder.weights_allow": not is_given(config.encoder.weights) and "encoder.weights names none",
+        "encoder.weights_resample": not is_given(config.encoder.weights) and "encoder.weights names none",
+        "encoder.zero_init_residual": is_given(config.encoder.weights) and "encoder.weights says how every layer starts",
         "encoder.drop_path": config.encoder.frozen and "encoder.frozen drops nothing",
         "optim.patch_lr_scale": config.encoder.frozen and "encoder.frozen learns nothing",
         "input.slots": config.input.mode == "resampled" and "input.mode resampled has no slots",
         "input.cache": config.input.mode == "resampled" and "input.mode resampled keeps no copies",
         "evaluation.limit": not config.evaluation.train and "evaluation.train is empty",
+        "evaluation.every_epochs": not config.evaluation.test and "evaluation.test is empty",
         "evaluation.class_names": not config.evaluation.test and "evaluation.test is empty",
     }
     flat, default = to_flat(config), to_flat(RunConfig(name=""))

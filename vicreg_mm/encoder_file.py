@@ -7,7 +7,7 @@ WEIGHTS, in the configuration (encoder.weights) and elsewhere, is one of
                    whole model), Meta's VICReg, both resnet50.pth and the full checkpoint with `module.backbone.`
   FOLDER           with open_clip_model.safetensors, as open_clip saves a model
   library[:TAG]    the pretrained weights of the encoder's library, by the library's tag, from its cache or the network
-  random           none, said aloud; where a configuration leaves weights empty
+  random           none, said aloud
 and an encoder anywhere else is named by one string, "[NAME@]WEIGHTS": NAME ("timm/vit_small_patch16_224") tells the architecture where
 WEIGHTS don't: everywhere but in a run and its encoder.safetensors. An encoder of your own is "package.module:function", as the function
 gives it, or with @WEIGHTS.
@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 from vicreg_mm import checkpoint, distributed, state_dicts
 from vicreg_mm import config as configs
 from vicreg_mm.checkpoint import CheckpointError
-from vicreg_mm.config import EncoderConfig
+from vicreg_mm.config import RANDOM, EncoderConfig, is_given
 from vicreg_mm.encoders import VisionEncoder, build_vision
 from vicreg_mm.encoders.library import SHORT_NAMES
 from vicreg_mm.encoders.own import is_own
@@ -39,7 +39,7 @@ from vicreg_mm.state_dicts import StateDict
 
 EXPORT = "encoder.safetensors"
 OPEN_CLIP_WEIGHTS, OPEN_CLIP_CONFIG = "open_clip_model.safetensors", "open_clip_config.json"
-RANDOM, LIBRARY = "random", "library"
+LIBRARY = "library"
 _POSITIONS = ("pos_embed", "positional_embedding")
 _ALIKE = ("name", "pooling", "stem")
 """What two encoders must agree in though no tensor may tell; the other options show in names and shapes."""
@@ -203,7 +203,7 @@ def given_weights(config: configs.RunConfig) -> tuple[Weights | None, configs.Ru
     The configuration is then complete: nothing is looked up in the source any more. Raises ValueError as `read_weights` does.
     """
     e = config.encoder
-    if not e.weights:
+    if not is_given(e.weights):
         return None, config
     weights = read_weights(e.weights, e.name)
     check_alike(weights, e)

@@ -214,7 +214,7 @@ def evaluate(config: RunConfig, run: Path, loaders: tuple[Any, Any], device: tor
     torch.manual_seed(config.seed)  # the weights that the run began with, where none were given
     encoders = {"random encoder": build_encoder(config)}
     if config.encoder.frozen:
-        encoders["given encoder"] = open_encoder(str(run))
+        encoders["given encoder" if configs.is_given(config.encoder.weights) else "frozen encoder"] = open_encoder(str(run))
     else:
         given = _given_encoder(config)
         encoders |= ({} if given is None else {"given encoder": given}) | {"pretrained encoder": open_encoder(str(run))}
@@ -228,7 +228,7 @@ def _given_encoder(config: RunConfig) -> Any:
     """The encoder that the run began with; None, which is told, where the weights are no longer to be had."""
     from vicreg_mm.encoder_file import build_encoder, given_weights, load_weights
 
-    if not config.encoder.weights:
+    if not configs.is_given(config.encoder.weights):
         return None
     problem = None
     if distributed.is_main():
