@@ -9,13 +9,13 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from vicreg_mm import checkpoint, distributed, monitor
@@ -24,6 +24,9 @@ from vicreg_mm.config import ConfigError, RunConfig
 from vicreg_mm.optim import Schedule, set_rates
 
 _MAXRSS_PER_GIB = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, kibibytes elsewhere
+
+
+Probe = Callable[[nn.Module], Mapping[str, float]]
 
 
 class NonFiniteLoss(ValueError):
@@ -52,6 +55,12 @@ class Training:
     gauges: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
     journal: Mapping[str, Any] = field(default_factory=dict)
     files: Mapping[str, bytes] = field(default_factory=dict)
+    probes: Sequence[Probe] = ()
+
+    def probes_at(self, step: int) -> bool:
+        """Whether the probes measure the model after `step` steps."""
+        every = self.config.evaluation.every_epochs
+        return bool(self.probes) and every > 0 and step % max(1, round(every * self.steps_per_epoch)) == 0
 
     def logs_at(self, step: int) -> bool:
         """Whether the step that ends with `step` steps done writes a line of metrics."""
@@ -80,6 +89,8 @@ def train(engine: Any, batches: Iterable[tuple[Any, Any]], t: Training, device: 
                     stopped = False
                 if t.step % t.steps_per_epoch == 0:
                     loop.end_epoch()
+                if t.probes_at(t.step):
+                    loop.probe()
                 if done or stopped or _save_is_due(t):
                     last = loop.save()
                 if stopped and not done:
@@ -221,6 +232,15 @@ class _Loop:
         if self.log_file is not None:
             self.log_file.write(self.t.step, {"epoch": epoch, **means})
 
+    def probe(self) -> None:
+        """A line of what the probes measure. All ranks must call it."""
+        metrics: dict[str, Any] = {"epoch": self.t.step / self.t.steps_per_epoch}
+        for probe in self.t.probes:
+            metrics.update(probe(self.engine.module))
+        if self.log_file is not None:
+            self.log_file.write(self.t.step, metrics)
+        self._restart_window()
+
     def save(self) -> Path:
         """A checkpoint of this step; older ones are removed afterwards."""
         t = self.t
@@ -240,8 +260,12 @@ class _Loop:
         if self.main:
             checkpoint.prune(t.run, t.config.checkpoint.keep)
         distributed.barrier()
-        self.window, self.waited = (time.perf_counter(), t.step), 0.0
+        self._restart_window()
         return folder
+
+    def _restart_window(self) -> None:
+        """Leave what was no training out of the images per second."""
+        self.window, self.waited = (time.perf_counter(), self.t.step), 0.0
 
     def say(self, message: str) -> None:
         if self.main:

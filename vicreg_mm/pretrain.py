@@ -33,7 +33,7 @@ def _main(recipe: RunConfig, arguments: list[str]) -> None:
     device = distributed.start()
     try:
         loaders, pairs = open_evaluation(config), open_pair_evaluation(config)
-        run = pretrain(config, device)
+        run = pretrain(config, device, loaders, pairs)
         if loaders is not None:
             evaluate(config, run, loaders, device)
         if pairs is not None:
@@ -53,8 +53,11 @@ def _say_smoke(recipe: RunConfig) -> None:
     print(boxed(lines), flush=True)
 
 
-def pretrain(config: RunConfig, device: torch.device) -> Path:
-    """Train as the configuration says, from the start or from its last checkpoint; returns the run directory with encoder.safetensors."""
+def pretrain(config: RunConfig, device: torch.device, loaders: tuple[Any, Any] | None = None, pairs: tuple[Any, Any] | None = None) -> Path:
+    """Train as the configuration says, from the start or from its last checkpoint; returns the run directory with encoder.safetensors.
+
+    loaders, pairs: what `open_evaluation` and `open_pair_evaluation` gave, to be measured every `evaluation.every_epochs`, too.
+    """
     from vicreg_mm import checkpoint, encoder_file, engine, gauges
     from vicreg_mm.batchnorm import convert_sync_batchnorm
     from vicreg_mm.input.tokenizers import check_vocabulary
@@ -111,6 +114,7 @@ def pretrain(config: RunConfig, device: torch.device) -> Path:
         config, run, schedule, data.steps_per_epoch, state["step"], gamma=getattr(model.objective, "gamma", 1.0),
         fingerprint=data.fingerprint, gauges={"stats/rank": gauges.rankme}, journal=state["journal"],
         files={} if tokenizer is None else {checkpoint.TOKENIZER: tokenizer.serialize()},
+        probes=online_probes(loaders, pairs, tokenizer, device),
     )  # fmt: skip
     if distributed.is_main():
         begin = f"resumed at step {training.step}" if resumed else "from the start"
@@ -244,6 +248,24 @@ def _given_encoder(config: RunConfig) -> Any:
     encoder = build_encoder(config)
     load_weights(encoder, weights, allow=config.encoder.weights_allow, resample=config.encoder.weights_resample)
     return encoder
+
+
+def online_probes(loaders: tuple[Any, Any] | None, pairs: tuple[Any, Any] | None, tokenizer: Any, device: torch.device) -> list[Any]:
+    """`engine.Probe`s for what is held out: kNN of the encoder's features, retrieval and zero-shot classification."""
+    from vicreg_mm.evaluation.features import frozen
+    from vicreg_mm.evaluation.image_text import of_model, outputs_of
+    from vicreg_mm.evaluation.pairs import compare, metrics_of
+    from vicreg_mm.evaluation.report import knn_of_encoder
+
+    def neighbours(model: Any) -> dict[str, float]:
+        assert loaders is not None
+        return {"eval/knn": knn_of_encoder(frozen(model.encoder), *loaders, device)}
+
+    def images_and_texts(model: Any) -> dict[str, float]:
+        assert pairs is not None
+        return metrics_of({output: compare(of_model(model, tokenizer, output, device), *pairs) for output in outputs_of(model)})
+
+    return ([] if loaders is None else [neighbours]) + ([] if pairs is None else [images_and_texts])
 
 
 def evaluate_pairs(run: Path, pairs: tuple[Any, Any], device: torch.device) -> None:

@@ -166,6 +166,18 @@ def sizes_line(sizes: dict[str, int], texts: bool = True) -> str:
     return f"left out: {', '.join(found)}" if found else ""
 
 
+def metrics_of(reports: Mapping[Any, dict[str, Any]]) -> dict[str, float]:
+    """Reports, by the output that was compared, as metrics: `eval/OUTPUT/image_to_text/R@1` to `eval/OUTPUT/zero_shot/top_1`."""
+    found: dict[str, float] = {}
+    for output, report in reports.items():
+        row = {name: value for name, value in report["retrieval"]["as they are"].items() if "/" in name or name == "rsum"}
+        row |= {name: report[name] for name in ("modality_gap", "rank_images", "rank_texts")}
+        if "zero_shot" in report:
+            row |= {f"zero_shot/{name}": report["zero_shot"]["as they are"][name] for name in ("top_1", "top_5", "mean_per_class")}
+        found |= {f"eval/{output}/{name}": value for name, value in row.items()}
+    return found
+
+
 def image_text_table(reports: Mapping[Any, dict[str, Any]]) -> str:
     """Reports on one set, by the output that was compared, as fixed-width text."""
     first = next(iter(reports.values()))

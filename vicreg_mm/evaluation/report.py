@@ -1,6 +1,6 @@
 """The table at the end of a run: what an encoder learned, beside raw pixels and the encoder it started from."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ def compare_encoders(
         test = extract_features(encode, test_loader, device)
         if encode is raw_pixels:
             _refuse_overlap(train[0], test[0])
-        rows.append(_on_main(name, *train, *test, k, device))
+        rows.append(_on_main(measure, name, *train, *test, k, device))
     return rows
 
 
@@ -46,22 +46,24 @@ def measure(
     """The three measurements of one encoder as a row of the table; accuracies in [0, 1]. `device` searches the neighbours."""
     sets = train_features, train_labels, test_features, test_labels
     mean, std = few_labels(*sets, per_class=1, draws=DRAWS)
-    neighbours = min(k, len(train_features))
-    accuracy = knn_accuracy(
-        train_features.to(device), train_labels.to(device), test_features.to(device), test_labels.to(device), k=neighbours
-    )
     return {
         "encoder": name,
         "num_features": train_features.shape[1],
         "num_train": len(train_features),
         "num_test": len(test_features),
-        "k": neighbours,
-        "knn": accuracy,
+        "k": min(k, len(train_features)),
+        "knn": _knn(*sets, k, device),
         "linear": linear_probe(*sets),
         "one_label": mean,
         "one_label_std": std,
         "draws": DRAWS,
     }
+
+
+def knn_of_encoder(encode: Encode, train_loader: Any, test_loader: Any, device: torch.device | str = "cpu", k: int = K) -> float:
+    """The kNN accuracy of a row of `compare_encoders` alone, the same on every rank; all ranks must call it."""
+    train, test = (extract_features(encode, loader, device) for loader in (train_loader, test_loader))
+    return _on_main(_knn, *train, *test, k, device)
 
 
 def evaluation_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -99,12 +101,19 @@ def _refuse_overlap(train_pixels: Tensor, test_pixels: Tensor) -> None:
         raise ValueError(f"{repeated} of {len(test_pixels)} test images are in the train set too: name a held-out set")
 
 
-def _on_main(*measured: Any) -> dict[str, Any]:
-    """`measure` on rank 0 for all; an error there is raised on every rank, so that none waits for ever."""
+def _knn(*sets_k_device: Any) -> float:
+    """Features and labels of the train and of the test set, k (cut to the size of the train set), device."""
+    *sets, k, device = sets_k_device
+    train_features, train_labels, test_features, test_labels = (rows.to(device) for rows in sets)
+    return knn_accuracy(train_features, train_labels, test_features, test_labels, k=min(k, len(train_features)))
+
+
+def _on_main(measurement: Callable[..., Any], *arguments: Any) -> Any:
+    """A measurement by rank 0 for all; an error there is raised on every rank, so that none waits for ever."""
     outcome: Any = None
     if distributed.is_main():
         try:
-            outcome = measure(*measured)
+            outcome = measurement(*arguments)
         except ValueError as error:
             outcome = str(error)
     outcome = distributed.broadcast_object(outcome)
