@@ -1,11 +1,15 @@
 """The towers of an image-text model, and the spaces in which their outputs are compared."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from tests.distributed.test_image_text_ranks import text_config
 from tests.tiny import tiny_config
+from vicreg_mm import checkpoint
 from vicreg_mm.assemble import build_model
 from vicreg_mm.config import ConfigError
 from vicreg_mm.input.tokenizers import build_tokenizer, pack
@@ -60,3 +64,39 @@ def test_the_projection_goes_with_the_expanders(digits):
     assert model.projection is model.text.projection is model.expander is model.text.expander is None
     with pytest.raises(ConfigError, match=r"^expander\.projection 24 has no effect: objective vicreg takes no texts; leave it out$"):
         build_model(tiny_config(digits["train"], "", expander__projection=24))
+
+
+@pytest.fixture
+def run(digits, tmp_path):
+    """A run directory whose only checkpoint holds a model of other weights, and that model."""
+    model, _, _ = built(digits, "crossmodal, predictor", expander__projection=24)
+    with torch.no_grad():
+        for value in model.state_dict().values():
+            value.add_(1)
+    folder = checkpoint.folder_of(tmp_path / "run", 3)
+    folder.mkdir(parents=True)
+    save_file(model.state_dict(), folder / "model.safetensors")
+    (folder / "state.json").write_text("{}")
+    return tmp_path / "run", model.state_dict()
+
+
+def test_everything_behind_the_encoders_may_start_from_another_run(digits, run):
+    model, _, _ = built(digits, "crossmodal, predictor", expander__projection=24)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    told = checkpoint.load_heads(model, run[0])
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, (before if name.startswith(("encoder.", "text.encoder.")) else run[1])[name]), name
+    count = sum("encoder." not in name for name in before)
+    assert told == f"projections, expanders and objective from {run[0]}/checkpoints/step-00000003: all {count} tensors"
+    assert {name.partition(".")[0] for name in before} == {"encoder", "expander", "objective", "projection", "text"}
+
+
+def test_expanders_of_another_run_that_do_not_fit_are_listed_and_nothing_is_loaded(digits, run):
+    model, _, _ = built(digits)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"has other expanders or another objective \(\d+ keys\): .*extra projection\.weight") as error:
+        checkpoint.load_heads(model, run[0])
+    assert "\n" not in str(error.value) and "encoder.net" not in str(error.value)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    with pytest.raises(ValueError, match=r"expander\.weights nowhere: no checkpoint of a run there; give a run directory"):
+        checkpoint.load_heads(model, Path("nowhere"))

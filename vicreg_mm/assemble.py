@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -84,10 +85,11 @@ def build_model(config: RunConfig, tokenizer: Any = None) -> Any:
 
 
 def start_from_weights(model: Any, config: RunConfig, weights: Any, tokenizer: Any = None) -> list[str]:
-    """Put given weights into the towers of a fresh model; returns a line for each that tells what was left out.
+    """Put given weights into the towers and heads of a fresh model; returns a line for each that tells what was left out.
 
     weights: what `encoder_file.given_weights` found, None for none. Raises ValueError, listing every name, for weights that do not fit.
     """
+    from vicreg_mm import checkpoint
     from vicreg_mm.encoder_file import load_weights
     from vicreg_mm.text_encoder_file import load_text_weights
 
@@ -96,6 +98,8 @@ def start_from_weights(model: Any, config: RunConfig, weights: Any, tokenizer: A
         told.append("image encoder from " + load_weights(model.encoder, weights, allow=e.weights_allow, resample=e.weights_resample))
     if is_given(config.text.weights):
         told.append("text encoder from " + load_text_weights(model.text.encoder, config.text, tokenizer))
+    if config.expander.weights:
+        told.append(checkpoint.load_heads(model, Path(config.expander.weights)))
     model.restart_momentum()
     return told
 

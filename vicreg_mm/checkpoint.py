@@ -32,6 +32,8 @@ from vicreg_mm.tensor_file import write_tensors
 STATE = ("step", "milestone", "data", "loss_scale", "journal")
 """What state.json must hold; the configuration, the position and the number of ranks are there for the reader."""
 TOKENIZER = "tokenizer"
+ENCODERS = ("encoder.", "text.encoder.", "momentum.")
+"""How the names of a model's encoders begin, and those of a copy of one."""
 REMOVE = "; if it is damaged, remove its folder to go on from the checkpoint before it"
 
 
@@ -199,6 +201,23 @@ def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], source: str)
     if problems:
         raise CheckpointError(f"{source} does not fit this model ({len(problems)} keys): " + "; ".join(problems))
     module.load_state_dict(tensors)
+
+
+def load_heads(module: nn.Module, run: Path) -> str:
+    """Give a model what stands behind the encoders, from the last checkpoint of another run: projections, expanders, and what the
+    objective has of its own. Returns a line that tells whence. Raises CheckpointError, listing every name, if these are others there."""
+    folders = existing(run)
+    if not folders:
+        raise CheckpointError(f"expander.weights {run}: no checkpoint of a run there; give a run directory")
+    own, given = (
+        {name: tensor for name, tensor in tensors.items() if not name.startswith(ENCODERS)}
+        for tensors in (module.state_dict(), read_tensors(folders[-1] / "model.safetensors"))
+    )
+    problems = state_dicts.mismatches(own, given).values()
+    if problems:
+        raise CheckpointError(f"{folders[-1]} has other expanders or another objective ({len(problems)} keys): " + "; ".join(problems))
+    module.load_state_dict(given, strict=False)
+    return f"projections, expanders and objective from {folders[-1]}: all {len(given)} tensors"
 
 
 # Run directories --------------------------------------------------------------------------------------------------------

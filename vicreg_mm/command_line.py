@@ -46,6 +46,7 @@ def smoke_profile(config: RunConfig) -> RunConfig:
             config.expander,
             widths=tuple(min(width, 256) for width in config.expander.widths),
             projection=min(config.expander.projection, 64),
+            weights="",
         ),
         optim=optim,
         engine=dataclasses.replace(config.engine, precision="fp32"),

@@ -123,6 +123,8 @@ class ExpanderConfig:
     """linear: no bias and nothing after it (paper, official code); bn_relu: BatchNorm and ReLU after it too (reference document)."""
     norm: Literal["batch", "layer"] = "batch"
     """Normalisation inside the expander."""
+    weights: str = ""
+    """A run directory from which all that stands behind the encoders starts: projections, expanders, objective; empty: random weights."""
     forward: Literal["per_view", "per_resolution"] = "per_view"
     """What BatchNorm normalises over: one view, or all views of one resolution together."""
 
