@@ -307,6 +307,7 @@ def faked(tmp_path, monkeypatch):
             ended(task, "boom" if task.name in broken else None, 1.0)
 
     monkeypatch.setattr(program, "run_all", run_all)
+    monkeypatch.setattr(program, "check_data", lambda study: None)
     return made, broken
 
 
@@ -416,6 +417,21 @@ def test_one_study_at_a_time_is_at_work_in_a_folder(faked, capsys):
 def test_an_option_that_does_nothing_is_refused_and_leaves_nothing(faked, capsys, words, message):
     assert message in refused(capsys, *words)
     assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"batch": 4096}, "cell 'a': .*4,?096"),
+        ({"steps": 2, "optim.warmup_epochs": 1.0}, "cell 'a': the warm-up of 46 steps is not shorter than the run of 2"),
+        ({"evaluation.train": "nowhere", "evaluation.test": "elsewhere"}, "cell 'a': .*nowhere"),
+    ],
+)
+def test_data_with_which_no_run_can_begin_are_named_before_the_first(digits, changes, message):
+    base = tiny_config(digits["train"], "")
+    program.check_data(Study(base, {"a": {}}, (0,), ()))
+    with pytest.raises(configs.ConfigError, match=message):
+        program.check_data(Study(base, {"a": changes}, (0,), ()))
 
 
 def test_on_the_built_in_digits_the_users_options_act_on_the_studys_own_profile(faked, capsys):

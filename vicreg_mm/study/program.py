@@ -62,6 +62,7 @@ def _main(recipe: Config, cells: Cells[Config], columns: tuple[str, ...], argume
         print(_smoke_box(recipe.name), flush=True)
     elif not config.evaluation.train:
         print("no accuracies in the table: they need --evaluation.train FOLDER --evaluation.test FOLDER", flush=True)
+    check_data(study)
     folder = open_study(study, config.run, config.resume)
     with (folder / ".lock").open("w") as lock:
         _hold(lock, folder)
@@ -88,6 +89,22 @@ def check_effects(study: Study, arguments: Sequence[str]) -> None:
     for name in set.intersection(*map(set, study.cells.values())) if study.cells else ():
         if name in given:
             raise ConfigError(f"--{name} has no effect: every cell of {study.base.name} sets it")
+
+
+def check_data(study: Study) -> None:
+    """Raise ConfigError, naming the cell, where the data are not such that its runs can begin; built-in data are written on the way."""
+    from vicreg_mm.assemble import needs_of, open_data, open_tokenizer
+    from vicreg_mm.pretrain import open_evaluation, schedule_of
+
+    for cell in study.cells:
+        config = study.config(Path(), cell, study.seeds[0])
+        try:
+            needs = needs_of(config)
+            data = open_data(config, needs, open_tokenizer(config) if needs.texts else None)
+            schedule_of(config, data.steps_per_epoch)
+            open_evaluation(config)
+        except (ValueError, OSError) as error:
+            raise ConfigError(f"cell '{cell}': {error}") from error
 
 
 # The folder -------------------------------------------------------------------------------------------------------------

@@ -28,7 +28,6 @@ class Column:
 
 METRICS = {
     "loss": "loss/total",
-    "fixed": "loss/fixed",
     "invariance": "loss/invariance",
     "variance": "loss/variance",
     "covariance": "loss/covariance",
@@ -42,7 +41,6 @@ METRICS = {
 }
 COLUMNS = {
     "loss": Column("loss"),
-    "fixed": Column("loss, base weights"),
     "invariance": Column("inv"),
     "variance": Column("var"),
     "covariance": Column("cov"),
