@@ -7,7 +7,7 @@
 
 An objective of your own, or of an installed package, takes part as soon as it is registered (`vicreg-mm objectives` lists them). Each has
 its default options and the same optimizer, rate and expander: nothing is tuned for any of them, so a row tells what an objective does
-here, not what it can do. --optim.lr and all other options act on every cell. To be compared with, ResNet-50 on ImageNet:
+here, not what it can do. Options act on every cell, --objective.options.NAME on vicreg alone. To be compared with, ResNet-50 on ImageNet:
 
     linear top-1         paper (arXiv:2105.04906, table 1, 1000 epochs)     reference document
     SimCLR               69.3                                               69.3

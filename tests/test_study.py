@@ -419,6 +419,13 @@ def test_an_option_that_does_nothing_is_refused_and_leaves_nothing(faked, capsys
     assert not Path("runs").exists()
 
 
+def test_options_of_an_objective_that_no_cell_has_are_refused(faked, capsys):
+    cells = {"simclr": {"objective.name": "simclr"}}
+    message = "--objective.options.mu has no effect: it is of objective 'vicreg', which no cell has"
+    assert message in refused(capsys, "--objective.options.mu", "3", cells=cells)
+    start("--objective.options.mu", "3", cells={"vicreg": {"objective.name": "vicreg"}, **cells})
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [

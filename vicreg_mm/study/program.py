@@ -14,7 +14,7 @@ from vicreg_mm import config as configs
 from vicreg_mm import distributed
 from vicreg_mm.command_line import boxed, parse
 from vicreg_mm.config import BUILTIN_DIGITS, ConfigError
-from vicreg_mm.study.definition import Changes, Study, StudyConfig
+from vicreg_mm.study.definition import OPTIONS, Changes, Study, StudyConfig
 from vicreg_mm.study.processes import Resources, Stopped, Task, run_all, visible_gpus
 from vicreg_mm.study.table import COLUMNS, Values, baselines, fixed_width, markdown, notes, read_run, summary, table
 
@@ -34,7 +34,7 @@ def main(recipe: Config, cells: Cells[Config], columns: Sequence[str], arguments
     processes as the launcher started of this program. What a user can mend ends in one line and exit code 2.
     """
     words = sys.argv[1:] if arguments is None else arguments
-    if words[:1] == ["run"]:
+    if words[:1] == ["run"] and len(words) == 4:
         from vicreg_mm import pretrain
 
         pretrain.main(_run_of(words[1:]), [])
@@ -89,6 +89,10 @@ def check_effects(study: Study, arguments: Sequence[str]) -> None:
     for name in set.intersection(*map(set, study.cells.values())) if study.cells else ():
         if name in given:
             raise ConfigError(f"--{name} has no effect: every cell of {study.base.name} sets it")
+    own = study.base.objective.name
+    for name in given:
+        if name.startswith(OPTIONS) and all(changes.get("objective.name", own) != own for changes in study.cells.values()):
+            raise ConfigError(f"--{name} has no effect: it is of objective '{own}', which no cell has")
 
 
 def check_data(study: Study) -> None:
