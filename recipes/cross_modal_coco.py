@@ -5,7 +5,7 @@
     deepspeed recipes/cross_modal_coco.py --input.shards shards/train --evaluation.test shards/val --evaluation.every_epochs 1
     R=runs/cross_modal_coco-001; deepspeed recipes/cross_modal_coco.py --input.shards shards/train --encoder.weights $R \
         --text.weights $R --expander.weights $R --encoder.no-frozen --optim.lr 2e-5 --epochs 15    # then the ResNet, too
-    deepspeed recipes/retrieval.py --encoder runs/cross_modal_coco-002 --shards shards/test --folds 5 --output encoder
+    deepspeed recipes/retrieval.py --encoder runs/cross_modal_coco-002 --shards shards/test --folds 5
 
 Without shards: the built-in digits with made captions and toy towers.
 The VICReg paper (arXiv:2105.04906, 5.3) says of this setting that it is VSE++'s with coefficients of its own for each branch. These, the
@@ -15,7 +15,8 @@ crop and flip, captions as they are, Adam at 2e-4 with batch 128 for 30 epochs o
 (25, 25, 1) and the expander's width are the reference document's (--objective.options.mu_text and the like set those of a branch);
 a cosine after an epoch of warm-up instead of one step of the rate, and sentencepiece's pieces instead of words: chosen here.
 Expected: not run yet. COCO 5K test, R@1/5/10: the paper's VICReg images to texts 45.2/76.1/84.2, texts to images 33.6/62.7/77.9; VSE++
-41.3/71.1/81.2 and 30.3/59.4/72.4 (the paper's table has the heads of its columns the wrong way round). Nobody is known to have got there.
+41.3/71.1/81.2 and 30.3/59.4/72.4 (the paper's table has the heads of its columns the wrong way round). On the digits what the expanders
+give can be compared, what the encoders give cannot (recipes/LOG.md).
 """
 
 from vicreg_mm.config import (
