@@ -220,3 +220,79 @@ def test_texts_and_images_never_share_an_expander_pass():
 
     views = {"global_0": torch.zeros(16, 3, 16, 16), "text_0": torch.zeros(16, 16), "global_1": torch.zeros(16, 3, 16, 16)}
     assert resolutions(views) == [["global_0", "global_1"], ["text_0"]]
+
+
+def local_model(encoder="timm/test_vit", num_local=1, joint_expander=False):
+    torch.manual_seed(0)
+    encoder = build_vision(encoder, image_size=64)
+    expanders = Expander(encoder.num_features, (32, 40)), Expander(encoder.map_width, (12, 10))
+    objective = objectives.build("vicregl", num_local=num_local, num_matches=3, num_matches_local=2)
+    return PretrainModel(encoder, expanders[0], objective, joint_expander=joint_expander, local_expander=expanders[1])
+
+
+def local_batch(n=6, num_local=1):
+    made = batch(n, num_local=num_local)
+    generator = torch.Generator().manual_seed(3)
+    made.boxes = {name: 50 * torch.randn(n, 2, 3, generator=generator) for name in made.views}
+    return made
+
+
+def seen_by_the_objective(model, made):
+    seen = {}
+    model.objective.register_forward_pre_hook(lambda module, args: seen.update(embeddings=args[0], **args[1]))
+    model(made)
+    return seen
+
+
+def test_maps_reach_the_objective_position_by_position_through_the_local_expander():
+    model, made = local_model().eval(), local_batch()
+    seen = seen_by_the_objective(model, made)
+    assert {name: tuple(rows.shape) for name, rows in seen["maps"].items()} == {
+        "global_0": (6, 16, 10), "global_1": (6, 16, 10), "local_0": (6, 4, 10)
+    }  # fmt: skip
+    maps = model.encoder.forward_maps(model.normalize(made.views["global_1"]))
+    for row, column in ((0, 0), (1, 2), (3, 1)):
+        expected = model.local_expander(maps[:, :, row, column])
+        torch.testing.assert_close(seen["maps"]["global_1"][:, 4 * row + column], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_positions_are_the_boxes_centres_of_a_grid_row_by_row():
+    made = local_batch()
+    seen = seen_by_the_objective(local_model().eval(), made)
+    assert "boxes" not in seen
+    box = made.boxes["local_0"][4]
+    for row, column in ((0, 0), (0, 1), (1, 0)):
+        expected = box @ torch.tensor([(column + 0.5) / 2, (row + 0.5) / 2, 1.0])
+        torch.testing.assert_close(seen["positions"]["local_0"][4, 2 * row + column], expected)
+
+
+def test_one_pass_gives_features_and_maps_and_the_features_are_the_same():
+    model, made = local_model(), local_batch()
+    passes = []
+    model.encoder.net.patch_embed.register_forward_hook(lambda module, inputs, output: passes.append(len(inputs[0])))
+    features = model.eval().encode(made.views)
+    assert passes == [12, 6]
+    for name, view in made.views.items():
+        torch.testing.assert_close(features[name], model.encoder(model.normalize(view)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("joint_expander", "rows"), [(False, [96, 96, 24]), (True, [192, 24])])
+def test_the_local_expander_shares_passes_as_the_other_does(joint_expander, rows):
+    model, seen = local_model(joint_expander=joint_expander), []
+    model.local_expander.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
+    model(local_batch())
+    assert seen == rows
+
+
+def test_a_rank_without_a_good_record_has_maps_without_rows():
+    model = local_model().eval()
+    features, maps = model.encode_with_maps(local_batch(0).views)
+    assert {name: tuple(grid.shape) for name, grid in maps.items()}["local_0"] == (0, model.encoder.map_width, 2, 2)
+    assert features["local_0"].shape == (0, model.encoder.num_features)
+
+
+def test_an_encoder_without_maps_is_refused_with_the_views():
+    model = local_model(num_local=0)
+    model.encoder.net = nn.Flatten()
+    with pytest.raises(ValueError, match="has no feature maps that are known here"):
+        model.check_views({"global_0": 64, "global_1": 64})

@@ -8,6 +8,8 @@ from torch import nn
 
 from tests.test_model import batch
 from vicreg_mm import objectives
+from vicreg_mm.assemble import start_from_weights
+from vicreg_mm.config import RunConfig
 from vicreg_mm.encoders import build_vision
 from vicreg_mm.expander import Expander
 from vicreg_mm.model import PretrainModel
@@ -81,6 +83,13 @@ def test_the_copy_starts_equal_and_again_after_other_weights_were_given():
             assert all(torch.equal(tensor, online.state_dict()[name]) for name, tensor in own.state_dict().items())
         shifted(net.encoder)
         net.restart_momentum()
+
+
+def test_a_run_that_starts_from_weights_starts_its_copy_from_them():
+    net = model()
+    shifted(net.encoder)
+    assert start_from_weights(net, RunConfig(name="test"), None) == []
+    assert torch.equal(net.momentum.encoder.net.conv1[0].weight, net.encoder.net.conv1[0].weight)
 
 
 def test_it_is_in_the_state_dict_and_neither_trained_nor_among_the_encoders_own_keys():

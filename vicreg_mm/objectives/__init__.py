@@ -13,10 +13,13 @@ are set by the run where a user doesn't. `vicreg-mm objectives` shows the first 
 Objective. An nn.Module with
 - `needs: Needs`: in `views` the views whose embeddings it takes, in `features` those whose features it takes. global_0, global_1 are the
   large crops, local_0 .. the small ones, text_0, text_1 the texts. A run stops before its first step if its data does not offer
-  them. A kind of views (images, texts) of which only features are needed gets no expander.
+  them. A kind of views (images, texts) of which only features are needed gets no expander. Of images it may also need `maps`,
+  `positions` and `momentum` (see `Needs`); nothing of that is computed unasked.
 - `forward(embeddings, context=None) -> ObjectiveOutput(loss, terms, logs)`. embeddings: view -> [n, D], this rank's rows, at least the
   views of `needs.views`; n may differ between ranks and be 0. context: a dict, or None where nothing is to be said, with
       "features"      view -> [n, F], the views of `needs.features`
+      "maps"          view -> [n, P, C], feature maps, row by row; positions: view -> [n, P, 2], their places in the image in pixels
+      "momentum"      view -> [n, D], embeddings by the momentum copy, without gradient
       "row_weights"   view -> [n], where an image stands several times in the global batch: 1 / how often; missing: 1 each
   loss: the scalar to minimise. terms: the scalars that it is made of, logged as loss/NAME. logs: detached scalars, logged as
   stats/NAME, or as loss/NAME where the part of NAME before a "/" is a term's; a NAME that begins with loss/ stays, as
@@ -24,7 +27,8 @@ Objective. An nn.Module with
   rows, with the gradient that data parallelism, which averages over ranks, then makes exact.
 - and where it wants to: parameters and buffers of its own, which are trained, saved and resumed (no parameter without dimensions: shape
   (1,)); `after_step(progress)`, called after each optimizer step with the share of training done, from 0 to 1; `gamma`, the
-  standard deviation that it asks for (1), which warnings of collapse are measured by; `projections`, {"image": module, "text": module}
+  standard deviation that it asks for (1), which warnings of collapse are measured by; `momentum_at(progress)`, which it must have if it
+  needs a momentum copy: the share of itself that the copy keeps at a step; `projections`, {"image": module, "text": module}
   from features, or `comparable(kind, z)` from embeddings, to rows whose cosine says how well image and text fit.
 """
 

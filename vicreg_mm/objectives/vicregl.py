@@ -161,8 +161,9 @@ def vicregl(
     """Views global_0, global_1 and local_0 .. local_(n-1): VICReg on pooled embeddings and on matched places of their feature maps.
 
     num_local: n; the paper found local crops of use for ConvNeXts (6), not for ResNets. alpha: share of the global criterion (0.75, or 0.9
-    for classification). num_matches: pairs that are kept of each global crop's positions, num_matches_local: of a local crop's; all
-    where a map has fewer. local_width: of the three layers of the local expander. lambda_, mu, nu: the weights, in convention "mean".
+    for classification). num_matches: pairs that are kept of a global crop's positions, all where its map has fewer.
+    num_matches_local: of a local crop's. local_width: of the three layers of the local expander.
+    lambda_, mu, nu: the weights, in convention "mean".
     gamma, eps: as in `vicreg`.
     Raises ValueError for a num_local that is no count, an alpha outside of [0, 1), counts that are not positive, a negative weight.
     Source: VICRegL (arXiv:2210.01571).
