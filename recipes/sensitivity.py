@@ -38,7 +38,7 @@ FACTORS = {
     "weighting": ("objective.options.weighting", tuple(MODES)),
 }
 COLUMNS = ("invariance", "variance", "covariance", "std", "collapsed", "redundancy", "rank", "lambda", "mu", "nu",
-           "parameters", "memory", "seconds", "knn", "linear")  # fmt: skip
+           "parameters", "memory", "seconds", "knn", "linear", "one_label")  # fmt: skip
 
 
 @dataclass(frozen=True)

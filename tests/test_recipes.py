@@ -23,6 +23,8 @@ from vicreg_mm.evaluation_config import EvaluationProgram
 from vicreg_mm.input.presets import policy_of
 from vicreg_mm.launch import deepspeed_settings
 from vicreg_mm.optim import build_optimizer, parameter_groups
+from vicreg_mm.study.definition import Study, changed
+from vicreg_mm.study.table import COLUMNS
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "recipes").glob("*.py"))
@@ -116,6 +118,39 @@ def test_a_convnext_takes_the_place_of_the_vit_by_its_name_alone(name):
     model = build_model(dataclasses.replace(config, expander=configs.ExpanderConfig(widths=(16, 16))))
     model.check_views(policy_of(config).view_sizes)
     assert parameter_groups(model, config.optim)
+
+
+def cells_of(name, *words):
+    """The cells of a study's recipe on data of one's own, checked."""
+    config, page = parse(recipe(name), ["--input.shards", "x", *words]), sys.modules[f"recipe_{name}"]
+    cells = page.cells(config) if hasattr(page, "cells") else page.CELLS
+    Study(config.base(), cells, (0,), page.COLUMNS).check()
+    assert set(page.COLUMNS) <= set(COLUMNS)
+    return config.base(), cells
+
+
+def test_the_ablation_takes_away_one_weight_after_the_other():
+    base, cells = cells_of("ablation")
+    weights = {
+        cell: objectives.build("vicreg", **changed(base, changes).objective.options).weighting.base(1) for cell, changes in cells.items()
+    }
+    assert weights == {
+        "invariance": (25, 0, 0), "invariance+variance": (25, 25, 0), "invariance+covariance": (25, 0, 1), "all": (25, 25, 1),
+    }  # fmt: skip
+
+
+def test_the_sensitivity_study_has_the_values_of_the_tables():
+    _, cells = cells_of("sensitivity", "--factors")
+    assert {
+        "base", "lambda=10", "lambda=50", "mu=10", "mu=50", "nu=0.5", "nu=2", "width=2048", "width=4096", "width=16384",
+        "batch=256", "batch=512", "batch=1024", "weighting=budget",
+    } <= set(cells)  # fmt: skip
+    assert set(cells_of("sensitivity")[1]) == {"base", "lambda=10", "lambda=50", "mu=10", "mu=50", "nu=0.5", "nu=2"}
+
+
+def test_the_comparison_is_of_all_objectives_of_two_views_or_of_those_named():
+    assert {"vicreg", "adaptive", "simclr"} <= set(cells_of("compare_objectives")[1])
+    assert list(cells_of("compare_objectives", "--objectives", "simclr", "vicreg")[1]) == ["simclr", "vicreg"]
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

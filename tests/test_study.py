@@ -232,7 +232,10 @@ def test_as_many_runs_as_jobs_go_at_a_time(tmp_path):
         here = pathlib.Path({folder!r})
         begun = len(list(here.glob("*.log"))) - len(list(here.glob("*.end")))
         (here / "{name}.here").touch()
-        while not (here / "{other}.here").exists(): time.sleep(0.01)
+        limit = time.monotonic() + 60
+        while not (here / "{other}.here").exists():
+            assert time.monotonic() < limit
+            time.sleep(0.01)
         (here / "{name}.end").touch()
         sys.exit(begun > 2)
     """
