@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vicreg_mm.config import ConfigError
+
 LAUNCHER = (
     "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "CROSS_RANK", "CROSS_SIZE",
 )  # fmt: skip
@@ -55,6 +57,15 @@ class Resources:
         if not self.gpus:  # else it takes those of CUDA_VISIBLE_DEVICES
             launcher += ["--num_gpus", str(self.ranks)]
         return [*launcher, *words]
+
+
+def launched_ranks() -> int:
+    """On how many processes the launcher started this program: those of a run. Raises ConfigError for several machines."""
+    world = os.environ.get("WORLD_SIZE", "1")
+    local = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world
+    if world != local:
+        raise ConfigError(f"a study runs on one machine: of {world} processes only {local} are here; start it with --num_nodes 1")
+    return int(world)
 
 
 def visible_gpus() -> list[str]:

@@ -3,7 +3,6 @@
 import dataclasses
 import fcntl
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +14,7 @@ from vicreg_mm import distributed
 from vicreg_mm.command_line import boxed, parse
 from vicreg_mm.config import BUILTIN_DIGITS, ConfigError
 from vicreg_mm.study.definition import OPTIONS, Changes, Study, StudyConfig
-from vicreg_mm.study.processes import Resources, Stopped, Task, run_all, visible_gpus
+from vicreg_mm.study.processes import Resources, Stopped, Task, launched_ranks, run_all, visible_gpus
 from vicreg_mm.study.table import COLUMNS, Values, baselines, fixed_width, markdown, notes, read_run, summary, table
 
 Config = TypeVar("Config", bound=StudyConfig)
@@ -58,6 +57,7 @@ def _main(recipe: Config, cells: Cells[Config], columns: tuple[str, ...], argume
     study.check()
     if config.jobs < 1:
         raise ConfigError(f"jobs is {config.jobs}; at least one run at a time is needed")
+    resources = Resources(config.jobs, launched_ranks(), config.input.workers, visible_gpus())
     if config.smoke:
         print(_smoke_box(recipe.name), flush=True)
     elif not config.evaluation.train:
@@ -67,7 +67,7 @@ def _main(recipe: Config, cells: Cells[Config], columns: tuple[str, ...], argume
     with (folder / ".lock").open("w") as lock:
         _hold(lock, folder)
         save(study, folder)
-        outcome = _run_missing(study, folder, config.jobs, lock.fileno())
+        outcome = _run_missing(study, folder, resources, lock.fileno())
     print("\n" + outcome, flush=True)
 
 
@@ -190,7 +190,7 @@ def outcome_of(study: Study, folder: Path, cell: str, seed: int) -> Values | Non
     return read_run(run, config.batch, results)
 
 
-def _run_missing(study: Study, folder: Path, jobs: int, lock: int) -> str:
+def _run_missing(study: Study, folder: Path, resources: Resources, lock: int) -> str:
     """Make the runs that are not finished; the table of all as text. Raises ValueError if none of the study's runs could be finished."""
     done = {(cell, seed): values for cell, seed in study.runs() if (values := outcome_of(study, folder, cell, seed)) is not None}
     errors: dict[tuple[str, int], str] = {}
@@ -216,9 +216,8 @@ def _run_missing(study: Study, folder: Path, jobs: int, lock: int) -> str:
         print(f"{time.strftime('%H:%M:%S')}  {task.name}: {said} ({seconds:.0f} s, {len(done) + len(errors)} of {total})", flush=True)
 
     tasks = [Task(name, (script, "run", str(folder), cell, str(seed)), folder / f"{name}.log") for name, (cell, seed) in todo.items()]
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
     try:
-        run_all(tasks, Resources(jobs, ranks, study.base.input.workers, visible_gpus(), (lock,)), begun, ended)
+        run_all(tasks, dataclasses.replace(resources, keep=(lock,)), begun, ended)
     except Stopped:
         print(f"{folder}: stopped with {len(done)} of {total} runs finished; go on with --resume", file=sys.stderr, flush=True)
         raise

@@ -1,0 +1,125 @@
+"""How the runs of a study are started, watched and stopped."""
+
+import dataclasses
+import os
+import signal
+import sys
+import textwrap
+
+import pytest
+
+from vicreg_mm import config as configs
+from vicreg_mm.study import processes
+
+
+ALONE = processes.Resources(jobs=1, ranks=1, workers=1, gpus=())
+
+
+def tasks_of(folder, **programs):
+    return [processes.Task(name, ("-c", textwrap.dedent(code)), folder / f"{name}.log") for name, code in programs.items()]
+
+
+def outcomes(tasks, resources=ALONE):
+    """What became of each task, in the order of their ends."""
+    found = {}
+    processes.run_all(tasks, resources, lambda task: None, lambda task, error, seconds: found.update({task.name: error}))
+    return found
+
+
+def test_a_run_that_fails_is_one_error_and_the_others_go_on(tmp_path):
+    found = outcomes(tasks_of(
+        tmp_path,
+        wrong="import sys; print('p.py: error: the loss is nan'); print('a warning'); sys.exit(2)",
+        crashed="raise RuntimeError('no room')",
+        killed="import os; os.kill(os.getpid(), 9)",
+        silent="import sys; sys.exit(7)",
+        fine="print('done')",
+    ))  # fmt: skip
+    assert list(found.items()) == [
+        ("wrong", "the loss is nan"), ("crashed", "RuntimeError: no room"), ("killed", "killed by SIGKILL"), ("silent", "exit code 7"),
+        ("fine", None),
+    ]  # fmt: skip
+    assert (tmp_path / "fine.log").read_text() == "done\n"
+
+
+def test_the_error_is_of_the_last_attempt(tmp_path):
+    outcomes(tasks_of(tmp_path, a="import sys; sys.exit('p.py: error: first')"))
+    assert outcomes(tasks_of(tmp_path, a="import sys; sys.exit(3)")) == {"a": "exit code 3"}
+    assert "first" in (tmp_path / "a.log").read_text()
+
+
+def test_as_many_runs_as_jobs_go_at_a_time(tmp_path):
+    """Two runs that wait for each other end only if they go together; a third does not begin beside them."""
+    meet = """
+        import os, pathlib, sys, time
+        here = pathlib.Path({folder!r})
+        begun = len(list(here.glob("*.log"))) - len(list(here.glob("*.end")))
+        (here / "{name}.here").touch()
+        limit = time.monotonic() + 60
+        while not (here / "{other}.here").exists():
+            assert time.monotonic() < limit
+            time.sleep(0.01)
+        (here / "{name}.end").touch()
+        sys.exit(begun > 2)
+    """
+    pairs = {"a": "b", "b": "a", "c": "a", "d": "b"}
+    code = {name: meet.format(folder=str(tmp_path), name=name, other=other) for name, other in pairs.items()}
+    assert outcomes(tasks_of(tmp_path, **code), dataclasses.replace(ALONE, jobs=2)) == dict.fromkeys(pairs)
+
+
+def test_a_signal_lets_the_runs_save_and_nothing_new_begins(tmp_path):
+    saves = """
+        import pathlib, signal, sys, time
+        def save(*_): pathlib.Path({folder!r}, "saved").touch(); sys.exit(143)
+        signal.signal(signal.SIGTERM, save)
+        pathlib.Path({folder!r}, "ready").touch()
+        time.sleep(60)
+    """
+    begun, ended = [], []
+
+    def begin(task):
+        begun.append(task.name)
+        if task.name == "b":  # `a` is at work
+            while not (tmp_path / "ready").exists():
+                pass
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    tasks = tasks_of(tmp_path, a=saves.format(folder=str(tmp_path)), b="import time; time.sleep(60)", c="")
+    with pytest.raises(SystemExit) as stopped:
+        processes.run_all(tasks, dataclasses.replace(ALONE, jobs=2), begin, lambda *args: ended.append(args))
+    assert stopped.value.code == 128 + signal.SIGTERM and (tmp_path / "saved").exists()
+    assert begun == ["a", "b"] and not ended and signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_run_has_its_share_of_the_machine_and_nothing_of_our_own_launcher(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)), raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    found = processes.Resources(jobs=2, ranks=2, workers=1, gpus=("0", "1", "2", "3")).environment(slot=1)
+    assert (found["OMP_NUM_THREADS"], found["CUDA_VISIBLE_DEVICES"]) == ("3", "2,3")
+    assert not {"RANK", "MASTER_PORT"} & set(found)
+    assert processes.Resources(jobs=3, ranks=1, workers=8, gpus=("5",)).environment(slot=2)["CUDA_VISIBLE_DEVICES"] == "5"
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    assert ALONE.environment(0)["OMP_NUM_THREADS"] == "7"
+
+
+def test_a_study_stays_on_one_machine(monkeypatch):
+    for name in processes.LAUNCHER:
+        monkeypatch.delenv(name, raising=False)
+    assert processes.launched_ranks() == 1
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("LOCAL_SIZE", "8")
+    assert processes.launched_ranks() == 8
+    monkeypatch.setenv("WORLD_SIZE", "16")
+    with pytest.raises(configs.ConfigError, match="one machine: of 16 processes only 8 are here"):
+        processes.launched_ranks()
+
+
+def test_several_ranks_are_started_by_the_launcher_each_run_at_its_own_port():
+    resources = processes.Resources(jobs=2, ranks=4, workers=1, gpus=())
+    first, second = (resources.command(["recipe.py", "run"]) for _ in range(2))
+    assert first[-4:] == ["--num_gpus", "4", "recipe.py", "run"] and "deepspeed.launcher.runner" in first
+    assert first[first.index("--master_port") + 1] != second[second.index("--master_port") + 1]
+    assert ALONE.command(["recipe.py", "run"]) == [sys.executable, "recipe.py", "run"]
