@@ -9,7 +9,6 @@ from vicreg_mm import objectives
 from vicreg_mm.command_line import parse
 from vicreg_mm.study.definition import Study, changed, chosen, one_at_a_time, two_view_objectives, value_of
 
-
 BASE = configs.RunConfig(
     name="tiny", objective=configs.ObjectiveConfig(options={"mu": 25.0}), expander=configs.ExpanderConfig(widths=(512, 512, 256)), batch=64
 )

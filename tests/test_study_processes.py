@@ -11,7 +11,6 @@ import pytest
 from vicreg_mm import config as configs
 from vicreg_mm.study import processes
 
-
 ALONE = processes.Resources(jobs=1, ranks=1, workers=1, gpus=())
 
 
