@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import random
+import re
 import subprocess
 import sys
 import threading
@@ -123,6 +124,20 @@ def test_the_bundled_bpe_gives_the_ids_of_open_clip_itself():
     for context in (5, 77):
         rows = np.stack([pack(clip.encode(text), context, clip) for text in texts])
         np.testing.assert_array_equal(np.where(rows == clip.pad_id, 0, rows), oracle(texts, context_length=context).numpy())
+
+
+def test_ordinary_ids_are_text_by_themselves(tokenizer):
+    ordinary = tokenizer.ordinary_ids
+    assert ordinary == sorted(set(ordinary)) and not special(tokenizer) & set(ordinary)
+    known = () if tokenizer.name == "sentencepiece" else (open_clip.SimpleTokenizer().encoder[f"ï¿½{end}"] for end in ("", "</w>"))
+    assert {i for i in ordinary if "\ufffd" in tokenizer.decode([i])} == set(known)  # that very character, but no part of another
+
+
+def test_the_ordinary_ids_of_a_trained_model_are_its_pieces_alone(model, trained):
+    oracle = sentencepiece.SentencePieceProcessor(model_proto=model)
+    pieces = [oracle.id_to_piece(i) for i in trained.ordinary_ids]
+    assert len(pieces) == oracle.vocab_size() - 5 - 256  # special ids and bytes
+    assert not any(re.fullmatch("<.+>", piece) for piece in pieces)
 
 
 def test_the_ids_of_open_clip_are_those_that_its_trained_towers_know():

@@ -9,7 +9,7 @@ import json
 import math
 import re
 import string
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -183,11 +183,11 @@ def _geometric(mean: float, draw: float) -> int:
 
 def mask_ids(
     ids: list[int], rate: float, kinds: tuple[float, float, float], mask_id: int,
-    ordinary: Callable[[float], int], draws: Draws, kind_draws: Draws,
+    ordinary: Sequence[int], draws: Draws, kind_draws: Draws,
 ) -> list[int]:  # fmt: skip
     """Each id is chosen with probability `rate`, and a chosen one becomes the mask id, a random id, or stays, with probabilities `kinds`.
 
-    ordinary: number in [0, 1) -> random id. Takes a number for each id from `draws` and 2 for each chosen one from `kind_draws`.
+    ordinary: what a random id is drawn from, uniformly. Takes a number for each id from `draws`, 2 for each chosen one from `kind_draws`.
     Where all ids would be the mask's, they stay as they were.
     Source: BERT (arXiv:1810.04805), section 3.1: 15 %, and 80 %, 10 %, 10 %; there the number of chosen ids is fixed, as the loss needs it.
     """
@@ -198,16 +198,8 @@ def mask_ids(
         if kind < kinds[0]:
             out[place] = mask_id
         elif kind < kinds[0] + kinds[1]:
-            out[place] = ordinary(which)
+            out[place] = ordinary[int(which * len(ordinary))]
     return ids if len(chosen) == len(ids) and all(token == mask_id for token in out) else out
-
-
-def ordinary_id(draw: float, vocab_size: int, special: Sequence[int]) -> int:
-    """Uniform over the ids from 0 to vocab_size - 1 without the special ones (sorted)."""
-    token = int(draw * (vocab_size - len(special)))
-    for taken in special:
-        token += token >= taken
-    return token
 
 
 def permutation(size: int, draws: Draws) -> Iterator[int]:

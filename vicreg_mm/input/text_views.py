@@ -139,8 +139,8 @@ class TextViewPolicy:
         for kind, token in self._special().items():
             if not 0 <= token < self.tokenizer.vocab_size:
                 raise ValueError(f"{kind} {token} of the tokenizer; expected an id below its vocabulary size {self.tokenizer.vocab_size}")
-        if len(set(self._special().values())) >= self.tokenizer.vocab_size:
-            raise ValueError(f"a vocabulary of {self.tokenizer.vocab_size} ids, all of them special; expected some for text")
+        if not self.tokenizer.ordinary_ids:
+            raise ValueError(f"a vocabulary of {self.tokenizer.vocab_size} ids, none of them a piece of text; expected some")
 
     @property
     def view_names(self) -> tuple[str, ...]:
@@ -224,7 +224,7 @@ class TextViewPolicy:
             if next(stream) < spec.masking:
                 ids = operations.mask_ids(
                     ids, spec.masking_rate, spec.masking_kinds, self.tokenizer.mask_id,
-                    self._ordinary_id, stream, draws.stream("masking_kinds"),
+                    self.tokenizer.ordinary_ids, stream, draws.stream("masking_kinds"),
                 )  # fmt: skip
         return ids
 
@@ -235,9 +235,6 @@ class TextViewPolicy:
 
     def _special(self) -> dict[str, int]:
         return {kind: getattr(self.tokenizer, kind) for kind in ("pad_id", "start_id", "end_id", "mask_id")}
-
-    def _ordinary_id(self, draw: float) -> int:
-        return operations.ordinary_id(draw, self.tokenizer.vocab_size, sorted(set(self._special().values())))
 
 
 def _decisions(spec: TextViewSpec, draws: ViewDraws) -> Iterator[tuple[str, Iterator[float]]]:

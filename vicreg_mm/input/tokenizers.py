@@ -10,7 +10,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -78,6 +78,12 @@ class Tokenizer(ABC):
                 raise ValueError(f"id {i} is outside the {self.vocab_size:,} ids of the {self.name} tokenizer")
         return self._text([i for i in found if i not in (self.pad_id, self.start_id, self.end_id, self.mask_id)])
 
+    @cached_property
+    def ordinary_ids(self) -> list[int]:
+        """The ids that are text by themselves: not the special ones, nor unknown, control and unused ones, nor bytes of a character."""
+        special = {self.pad_id, self.start_id, self.end_id, self.mask_id}
+        return [i for i in range(self.vocab_size) if i not in special and self._is_text(i)]
+
     def serialize(self) -> bytes:
         """What `deserialize` makes the same tokenizer of: a line of JSON that names the kind, then the model if it has one."""
         return json.dumps({"kind": self.name, "sha256": self.fingerprint}).encode() + b"\n"
@@ -87,6 +93,9 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def _text(self, ids: list[int]) -> str: ...
+
+    @abstractmethod
+    def _is_text(self, i: int) -> bool: ...
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -122,6 +131,10 @@ class SentencePieceTokenizer(Tokenizer):
     def _text(self, ids: list[int]) -> str:
         return self._processor.decode(ids)
 
+    def _is_text(self, i: int) -> bool:
+        kinds = self._processor
+        return not (kinds.is_control(i) or kinds.is_unknown(i) or kinds.is_byte(i) or kinds.is_unused(i))
+
     def __reduce__(self) -> Any:
         return SentencePieceTokenizer, (self._model,)
 
@@ -148,6 +161,11 @@ class ClipTokenizer(Tokenizer):
 
     def _text(self, ids: list[int]) -> str:
         return _clip_bpe().decode(ids).strip()
+
+    def _is_text(self, i: int) -> bool:
+        bpe = _clip_bpe()
+        piece = bytes(bpe.byte_decoder[sign] for sign in bpe.decoder[i].removesuffix("</w>"))
+        return is_visible(piece.decode("utf-8", "ignore")) and piece.decode("utf-8", "replace").encode() == piece
 
     def __reduce__(self) -> Any:
         return ClipTokenizer, ()
