@@ -31,6 +31,18 @@ def test_another_objective_starts_without_the_options_of_the_recipes():
     assert config.objective == configs.ObjectiveConfig(name="clip+vicreg", options={"clip.width": 64})
 
 
+def test_another_objective_has_the_options_that_the_user_gives_it_whatever_the_recipe_sets():
+    words = ["--objective.name", "vicreg+simclr", "--objective.options.mu", "3"]
+    for given in (["--objective.options.convention", "paper"], ["--objective.options.convention=official"]):
+        assert parse(RECIPE, [*words, *given]).objective.options == {"convention": given[-1].partition("=")[2] or given[-1], "mu": 3}
+
+
+def test_the_length_of_the_smoke_profile_is_an_option():
+    config = parse(RECIPE, ["--smoke", "--smoke_steps", "7"])
+    assert (config.steps, config.smoke_steps) == (7, 7)
+    assert parse(RECIPE, ["--smoke", "--smoke_steps", "7", "--steps", "5"]).steps == 5
+
+
 def test_the_launchers_local_rank_is_dropped():
     assert parse(RECIPE, ["--local_rank=3"]) == RECIPE
     assert parse(RECIPE, ["--local_rank", "3"]) == RECIPE

@@ -68,7 +68,8 @@ def parse(recipe: RunConfig, arguments: list[str]) -> RunConfig:
     """
     config = _with_objective(recipe, arguments)
     if config.smoke or not config.input.shards:
-        config = _with_objective(smoke_profile(recipe), arguments)  # the options act on the profile
+        profile = smoke_profile(dataclasses.replace(recipe, smoke_steps=config.smoke_steps))
+        config = _with_objective(profile, arguments)  # the options act on the profile
     if not config.num_local:
         for word in arguments:
             if word.replace("-", "_").startswith("__input.local_"):
@@ -105,7 +106,10 @@ def boxed(lines: Sequence[str]) -> str:
 
 def _with_objective(recipe: RunConfig, arguments: list[str]) -> RunConfig:
     config, given = _override(recipe, arguments, open_ended="objective.options")
-    own = config.objective.options if config.objective.name == recipe.objective.name else {}  # options belong to one objective
+    own = config.objective.options
+    if config.objective.name != recipe.objective.name:  # the recipe's options belong to its objective; the user's are his own
+        words = {word.partition("=")[0].replace("-", "_") for word in arguments}
+        own = {name: value for name, value in own.items() if f"__objective.options.{name}" in words}
     return dataclasses.replace(config, objective=dataclasses.replace(config.objective, options={**own, **given}))
 
 
