@@ -16,7 +16,7 @@ from vicreg_mm import config as configs
 from vicreg_mm.assemble import build_model
 from vicreg_mm.evaluation.image_text import of_model
 from vicreg_mm.evaluation.pairs import Pairs, compare, embed_pairs, image_text_report, image_text_table
-from vicreg_mm.evaluation.zero_shot import Prompts
+from vicreg_mm.evaluation.zero_shot import Prompts, class_embeddings
 from vicreg_mm.input.loader import LabelledLoader
 from vicreg_mm.input.shards import Reader, ShardIndex, write_index
 from vicreg_mm.input.tokenizers import build_tokenizer, pack
@@ -172,24 +172,34 @@ def test_images_without_a_caption_are_left_out_of_retrieval_alone():
 
 
 def compared(train, test, prompts):
+    """The reports of a model with two outputs, and that of each output by itself."""
     from vicreg_mm import distributed
 
     torch.manual_seed(0)
     tokenizer = build_tokenizer(train)
-    model = of_model(build_model(text_config(train, "", "crossmodal"), tokenizer), tokenizer, "expander", CPU)
+    model = build_model(text_config(train, "", "crossmodal", expander__projection=16), tokenizer)
     index = ShardIndex.open(test)
     loader = LabelledLoader(index, EvalTransform(32), 40, rank=distributed.rank(), world_size=distributed.world_size(), captions=True)
-    return compare(model, loader, prompts)
+    together, apart = compare(model, tokenizer, CPU, loader, prompts), {}
+    for output in ("expander", "encoder"):
+        single = of_model(model, tokenizer, output, CPU)
+        apart[output] = image_text_report(
+            embed_pairs(single, loader), class_embeddings(single.embed_texts, prompts.names, prompts.templates), CPU
+        )
+    return together, apart
 
 
-def test_two_ranks_report_what_one_does(digits):
+def test_two_ranks_report_of_every_output_what_one_does_of_each(digits):
     prompts = Prompts([f"digit {n}" for n in range(10)], ["{}", "a {}"], "somewhere")
-    (alone,) = run_ranks(compared, 1, digits["train"], digits["test"], prompts)
-    first, second = run_ranks(compared, 2, digits["train"], digits["test"], prompts)
-    assert first == second and first["sizes"] == alone["sizes"]
-    for kind in ("retrieval", "zero_shot"):
-        for name, row in alone[kind].items():
-            assert first[kind][name] == pytest.approx(row, rel=0.05)  # the embeddings themselves differ in their last digits
+    ((alone, apart),) = run_ranks(compared, 1, digits["train"], digits["test"], prompts)
+    assert alone == apart and list(alone) == ["expander", "encoder"] and alone["expander"] != alone["encoder"]
+    (first, _), (second, _) = run_ranks(compared, 2, digits["train"], digits["test"], prompts)
+    assert first == second
+    for output, report in alone.items():
+        assert first[output]["sizes"] == report["sizes"]
+        for kind in ("retrieval", "zero_shot"):
+            for name, row in report[kind].items():
+                assert first[output][kind][name] == pytest.approx(row, rel=0.05)  # the embeddings themselves differ in their last digits
     with pytest.raises(RuntimeError, match="somewhere holds 3 class names, but the labels of the images go up to 9"):
         run_ranks(compared, 2, digits["train"], digits["test"], Prompts(["a", "b", "c"], ["{}"], "somewhere"))
 

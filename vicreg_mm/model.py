@@ -183,20 +183,25 @@ class PretrainModel(nn.Module):
         assert expander is not None
         return expander(self._projected(kind, features))
 
-    def embed_images(self, images: Tensor, output: Output = "expander") -> Tensor:
+    def embed_images(self, images: Tensor, *outputs: Output) -> Tensor:
         """uint8 [n, 3, H, W] -> [n, D], to be compared with texts by the cosine.
 
-        output: "expander", the space in which the objective compares them; "encoder", the projected features, or where there is no
-        projection the features themselves. Raises ValueError where these have not the same width for images and texts.
+        outputs: "expander" (without any), the space in which the objective compares them; "encoder", the projected features, or where
+        there is no projection the features themselves; of several those rows stand side by side. Raises ValueError for "encoder" where
+        that has not the same width for images and texts.
         """
-        return self._compared("image", self._features(images), output)
+        return self._compared("image", self._features(images), outputs)
 
-    def embed_texts(self, tokens: Tensor, output: Output = "expander") -> Tensor:
+    def embed_texts(self, tokens: Tensor, *outputs: Output) -> Tensor:
         """int64 [n, context] -> [n, D] in the same space."""
         assert self.text is not None
-        return self._compared("text", self.text.encoder(tokens), output)
+        return self._compared("text", self.text.encoder(tokens), outputs)
 
-    def _compared(self, kind: str, features: Tensor, output: Output) -> Tensor:
+    def _compared(self, kind: str, features: Tensor, outputs: tuple[Output, ...]) -> Tensor:
+        rows = [self._in_space(kind, features, output) for output in outputs or ("expander",)]
+        return rows[0] if len(rows) == 1 else torch.cat([part.float() for part in rows], 1)
+
+    def _in_space(self, kind: str, features: Tensor, output: Output) -> Tensor:
         if output == "encoder":
             self.check_common_width()
             return self._projected(kind, features)

@@ -253,7 +253,6 @@ def _given_encoder(config: RunConfig) -> Any:
 def online_probes(loaders: tuple[Any, Any] | None, pairs: tuple[Any, Any] | None, tokenizer: Any, device: torch.device) -> list[Any]:
     """`engine.Probe`s for what is held out: kNN of the encoder's features, retrieval and zero-shot classification."""
     from vicreg_mm.evaluation.features import frozen
-    from vicreg_mm.evaluation.image_text import of_model, outputs_of
     from vicreg_mm.evaluation.pairs import compare, metrics_of
     from vicreg_mm.evaluation.report import knn_of_encoder
 
@@ -263,7 +262,7 @@ def online_probes(loaders: tuple[Any, Any] | None, pairs: tuple[Any, Any] | None
 
     def images_and_texts(model: Any) -> dict[str, float]:
         assert pairs is not None
-        return metrics_of({output: compare(of_model(model, tokenizer, output, device), *pairs) for output in outputs_of(model)})
+        return metrics_of(compare(model, tokenizer, device, *pairs))
 
     return ([] if loaders is None else [neighbours]) + ([] if pairs is None else [images_and_texts])
 
@@ -271,13 +270,13 @@ def online_probes(loaders: tuple[Any, Any] | None, pairs: tuple[Any, Any] | None
 def evaluate_pairs(run: Path, pairs: tuple[Any, Any], device: torch.device) -> None:
     """Print retrieval and zero-shot accuracy on the held-out set of `open_pair_evaluation`, with each output of the model that can be
     compared, and keep them, by output, as image_text.json in the run directory."""
-    from vicreg_mm.evaluation.image_text import load_run, of_model, outputs_of
+    from vicreg_mm.evaluation.image_text import load_run
     from vicreg_mm.evaluation.pairs import compare, image_text_table
 
     begun = time.perf_counter()
     model, tokenizer, _ = load_run(run)
     model = model.to(device)
-    reports = {output: compare(of_model(model, tokenizer, output, device), *pairs) for output in outputs_of(model)}
+    reports = compare(model, tokenizer, device, *pairs)
     if distributed.is_main():
         (run / IMAGE_TEXT_RESULTS).write_text(json.dumps(reports, indent=2) + "\n")
         print(f"{image_text_table(reports)}\n({time.perf_counter() - begun:.0f} s)\n", flush=True)

@@ -78,18 +78,31 @@ def of_model(
 
     Raises ValueError for "encoder" where features of images and texts have not one width.
     """
+    return _of_outputs(model, tokenizer, [output], device, {**(description or {}), "output": output})
+
+
+def of_all_outputs(model: PretrainModel, tokenizer: Tokenizer, device: torch.device) -> tuple[ImageTextModel, dict[Output, int]]:
+    """A model of ours that gives all its outputs side by side, of one pass through the encoders, and the width of each."""
+    outputs = outputs_of(model)
+    widths = {output: of_model(model, tokenizer, output, device).embed_texts([""]).shape[1] for output in outputs}
+    return _of_outputs(model, tokenizer, outputs, device, {"output": "+".join(outputs)}), widths
+
+
+def _of_outputs(
+    model: PretrainModel, tokenizer: Tokenizer, outputs: Sequence[Output], device: torch.device, description: dict[str, Any]
+) -> ImageTextModel:
     assert model.text is not None
-    if output == "encoder":
+    if "encoder" in outputs:
         model.check_common_width()
     context, encoder = model.text.encoder.context, model.encoder
     return ImageTextModel(
         module=model,
-        encode_images=lambda images: model.embed_images(images, output),
+        encode_images=lambda images: model.embed_images(images, *outputs),
         tokenize=lambda texts: _rows(texts, tokenizer, context),
-        encode_tokens=lambda tokens: model.embed_texts(tokens, output),
+        encode_tokens=lambda tokens: model.embed_texts(tokens, *outputs),
         transform=EvalTransform(encoder.input_size),
         image_size=encoder.input_size, mean=encoder.mean, std=encoder.std, device=device,
-        description={**(description or {}), "output": output},
+        description=description,
     )  # fmt: skip
 
 

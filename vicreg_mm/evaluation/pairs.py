@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from vicreg_mm import distributed, gauges
-from vicreg_mm.evaluation.image_text import ImageTextModel
+from vicreg_mm.evaluation.image_text import ImageTextModel, of_all_outputs, of_model
 from vicreg_mm.evaluation.retrieval import chance, retrieval, retrieval_table
 from vicreg_mm.evaluation.zero_shot import Prompts, class_embeddings, zero_shot, zero_shot_table
 from vicreg_mm.input.batch import Batch
+from vicreg_mm.input.tokenizers import Tokenizer
+from vicreg_mm.model import Output, PretrainModel
 
 TEXTS_AT_ONCE = 1024
 RANKED = 25_600  # rows of which an effective rank is taken, evenly spaced (RankMe, arXiv:2210.02885, takes so many)
@@ -103,16 +105,27 @@ def _gathered(rows: Tensor, counts: list[int], device: torch.device) -> Tensor:
     return distributed.gather_rows(rows.to(device), counts).cpu()
 
 
-def compare(model: ImageTextModel, loader: Iterable[Batch], prompts: Prompts | None = None) -> dict[str, Any]:
-    """`image_text_report` of a model on a set, the same on every rank; all ranks must call it. Arguments as of `embed_pairs`.
+def compare(
+    model: PretrainModel, tokenizer: Tokenizer, device: torch.device, loader: Iterable[Batch], prompts: Prompts | None = None
+) -> dict[Output, dict[str, Any]]:
+    """`image_text_report` of each output of a model of ours on a set, the same on every rank; all ranks must call it.
 
-    prompts: zero-shot classification with these. Raises ValueError as `embed_pairs`, and for labels that have no name.
+    Each sample is encoded once. loader: as of `embed_pairs`. prompts: zero-shot classification with these.
+    Raises ValueError as `embed_pairs`, and for labels that have no name.
     """
-    pairs, classes = embed_pairs(model, loader), None
+    together, widths = of_all_outputs(model, tokenizer, device)
+    pairs = embed_pairs(together, loader)
     if prompts is not None:
         prompts.check(pairs.labels)
-        classes = class_embeddings(model.embed_texts, prompts.names, prompts.templates)
-    return image_text_report(pairs, classes, model.device)
+    parts = zip(pairs.images.split(list(widths.values()), 1), pairs.texts.split(list(widths.values()), 1), strict=True)
+    reports = {}
+    for output, (images, texts) in zip(widths, parts, strict=True):
+        classes = None
+        if prompts is not None:
+            embed_texts = of_model(model, tokenizer, output, device).embed_texts
+            classes = class_embeddings(embed_texts, prompts.names, prompts.templates)
+        reports[output] = image_text_report(pairs._replace(images=images, texts=texts), classes, device)
+    return reports
 
 
 def image_text_report(pairs: Pairs, classes: Tensor | None = None, device: torch.device | str = "cpu") -> dict[str, Any]:
