@@ -47,6 +47,19 @@ def test_the_loss_and_its_gradients_are_open_clips(name):
 
 
 @pytest.mark.parametrize("name", ["clip", "siglip"])
+def test_in_float64_it_is_the_formula_to_float64(name):
+    objective = built(name).double()
+    f = {view: value.double() for view, value in features().items()}
+    x, y = (F.normalize(projection(rows), dim=1) for projection, rows in zip(objective.projections.values(), f.values(), strict=True))
+    logits, same = objective.log_scale.exp() * x @ y.T, torch.eye(len(x), dtype=torch.float64)
+    if name == "clip":
+        expected = -((logits.log_softmax(1) + logits.log_softmax(0)) * same).sum() / (2 * len(x))
+    else:
+        expected = -F.logsigmoid((2 * same - 1) * (logits + objective.bias)).sum() / len(x)
+    torch.testing.assert_close(objective({}, {"features": f}).loss, expected, rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize("name", ["clip", "siglip"])
 def test_scale_and_bias_start_where_the_papers_start_them(name):
     objective = built(name)
     if name == "clip":

@@ -145,6 +145,9 @@ def test_two_ranks_give_the_loss_and_the_gradients_of_one():
         ({"image_weight": 0, "text_weight": 0, "cross_weight": 0}, "are all 0; at least one must be positive"),
         ({"cross_weight": -1.0}, r"edge \(global_0, text_0\) has weight -1.0"),
         ({"mu": 0.0, "mu_text": 5.0}, "variance: a coefficient of 5.0 for text views beside a common one of 0"),
+        ({"cross_weight": 0.0, "text_weight": 0.0, "mu_text": 5.0}, "variance: a coefficient of 5.0 for text views has no effect"),
+        ({"cross_weight": 0.0, "image_weight": 0.0, "nu_image": 5.0}, "covariance: a coefficient of 5.0 for image views has no effect"),
+        ({"cross_weight": 0.0, "predictor": 8, "embedding_dim": 4}, "predictor = 8 has no effect: .* cross_weight is 0"),
         ({"nu_image": -1.0}, r"node_weights\['covariance'\]\['global_0'\] has weight -1.0"),
     ],
 )

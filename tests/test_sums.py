@@ -47,6 +47,15 @@ def test_terms_of_one_name_stand_side_by_side():
     torch.testing.assert_close(out.terms["vicreg/covariance"], out.terms["multicrop/covariance"])
 
 
+def test_embeddings_are_compared_as_the_part_with_predictors_compares_them():
+    both = objectives.build("vicreg+crossmodal", predictor=16, embedding_dim=12).eval()
+    z = torch.randn(3, 12)
+    for kind in ("image", "text"):
+        found = both.comparable(kind, z)
+        assert found.shape == (3, 24) and torch.equal(found, both.parts["crossmodal"].comparable(kind, z))
+    assert objectives.build("vicreg+barlow_twins").comparable("image", z) is z
+
+
 def test_progress_reaches_the_parts():
     both = objectives.build("clip+vicreg", **WIDTHS)
     seen = []

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vicreg_mm.objectives import OBJECTIVES
+from vicreg_mm.objectives.embeddings import working_dtype
 from vicreg_mm.objectives.gathering import gathered_rows
 from vicreg_mm.objectives.graph import Needs, ObjectiveOutput
 from vicreg_mm.objectives.precision import full_precision
@@ -64,8 +65,9 @@ class Contrastive(nn.Module):
         missing = [view for view in self.needs.features if view not in features]
         if missing:
             raise ValueError(f"no features of {', '.join(missing)}: the objective needs {', '.join(self.needs.features)}")
-        images = gathered_rows(F.normalize(self.image_projection(features[IMAGE]).float(), dim=1))
-        texts = gathered_rows(F.normalize(self.text_projection(features[TEXT]).float(), dim=1))
+        projected = self.image_projection(features[IMAGE]), self.text_projection(features[TEXT])
+        dtype = working_dtype(projected)
+        images, texts = (gathered_rows(F.normalize(rows.to(dtype), dim=1)) for rows in projected)
         if not len(images):
             raise ValueError("the global batch has 0 rows; a contrastive loss needs at least 1")
         with full_precision(images.device):

@@ -64,6 +64,10 @@ def branch_weights(graph: ViewGraph, term: str, base: float, image: float | None
         if base == 0:
             raise ValueError(f"{term}: a coefficient of {own} for {kind} views beside a common one of 0; give the common one instead")
         views = [view for view in weights if (view in TEXTS) == (kind == "text")]
+        if not views:
+            raise ValueError(
+                f"{term}: a coefficient of {own} for {kind} views has no effect: edges of positive weight join none; leave it out"
+            )
         weights |= {view: weights[view] * own / base for view in views}
     return weights
 
@@ -115,10 +119,13 @@ def crossmodal(
     predictor: width of the predictors on the cross edges; 0: none. embedding_dim: D, needed with predictors (a run sets it).
     mu_image, nu_image, mu_text, nu_text: coefficients of one modality; None: mu, nu; while
     mu and nu learn, all change by the same factor. gamma, eps: as in `vicreg`.
-    Raises ValueError for unknown pairs, for weights that are negative or all 0, for a predictor without embedding_dim.
+    Raises ValueError for unknown pairs, for weights that are negative or all 0, for a predictor without embedding_dim, and for a
+    predictor or coefficients of a modality that the graph has no edges for.
     """
     if predictor < 0 or (predictor and embedding_dim < 1):
         raise ValueError(f"predictor = {predictor} with embedding_dim = {embedding_dim}; both must be positive, or predictor 0")
+    if predictor and not cross_weight:
+        raise ValueError(f"predictor = {predictor} has no effect: it stands on the cross edges, and cross_weight is 0; leave it out")
     edges = crossmodal_edges(num_local, local_weight, pairs, image_weight, text_weight, cross_weight, bool(predictor))
     plain = ViewGraph(edges)
     nodes = {

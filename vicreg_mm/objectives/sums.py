@@ -40,6 +40,11 @@ class SumObjective(nn.Module):
         """Those of the first part that has some."""
         return next((part.projections for part in self.parts.values() if getattr(part, "projections", None)), None)
 
+    def comparable(self, kind: str, z: Tensor) -> Tensor:
+        """As the first part that has it says; else the embeddings themselves."""
+        part = next((part for part in self.parts.values() if hasattr(part, "comparable")), None)
+        return z if part is None else part.comparable(kind, z)
+
     def momentum_at(self, progress: float) -> float:
         """What the part that needs a momentum copy says."""
         return next(part for part in self.parts.values() if part.needs.momentum).momentum_at(progress)
