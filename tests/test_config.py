@@ -1,6 +1,7 @@
 """The configuration: what the command line changes, what is refused, what a resumed run may change."""
 
 import dataclasses
+import os
 import subprocess
 import sys
 
@@ -65,6 +66,13 @@ def test_a_malformed_value_is_one_line_with_its_name(arguments, message):
     with pytest.raises(ConfigError, match=message) as caught:
         parse(RECIPE, arguments)
     assert "\n" not in str(caught.value) and "│" not in str(caught.value)
+
+
+def test_a_terminal_without_box_characters_gets_the_same_line():
+    program = "from vicreg_mm.command_line import parse; from tests.test_config import RECIPE; parse(RECIPE, ['--batch', 'many'])"
+    words = [sys.executable, "-c", program]
+    found = subprocess.run(words, env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True, text=True)
+    assert "ConfigError: Error parsing --batch: invalid literal for int() with base 10: 'many'\n" in found.stderr
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from vicreg_mm.evaluation_config import EvaluationProgram
 
 Program = TypeVar("Program", bound=EvaluationProgram)
 Config = TypeVar("Config", bound=RunConfig | EvaluationProgram)
+_RULE = "─╰╯-"
 
 
 def smoke_profile(config: RunConfig) -> RunConfig:
@@ -127,7 +128,8 @@ def _override(recipe: Config, arguments: list[str], open_ended: str = "") -> tup
         if not stop.code:
             raise  # --help
         box = [line.strip("│ ") for line in complaint.getvalue().splitlines()[1:]]
-        message = list(itertools.takewhile(lambda line: line.strip("─╰╯"), box))
+        inside = itertools.dropwhile(lambda line: not line.strip(_RULE), box)  # a terminal without box characters has one more rule
+        message = list(itertools.takewhile(lambda line: line.strip(_RULE), inside))
         raise ConfigError(" ".join(message).rstrip(".")) from None
     return config, _left_over(unknown, _option_names(recipe), open_ended)
 
