@@ -107,6 +107,15 @@ def test_a_builder_that_needs_more_is_listed_with_what_it_says(capsys, registere
     assert "    teacher: str\n" in text and "    from: tests.test_objectives_program\n" in text
 
 
+def test_a_builder_with_open_options_says_so(capsys, registered):
+    def open_minded(scale: float = 1.0, **others):
+        return objectives.build("vicreg")
+
+    registered("open_minded", open_minded)
+    assert "    options: scale=1.0, any others\n" in printed(capsys)
+    assert "passed on to it unchecked, as open_minded.NAME" in printed(capsys, "open_minded+vicreg")
+
+
 def test_a_package_that_cannot_be_imported_is_a_warning_beside_the_list(capsys, monkeypatch):
     def names():
         list_objectives.warnings.warn("objective 'x' of package y cannot be imported", PluginWarning, stacklevel=1)

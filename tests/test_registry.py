@@ -204,6 +204,9 @@ def test_packages_are_imported_only_when_their_names_are_asked_for(fruits, insta
         ("badsyntax", "def kiwi(:\n", ":kiwi", "SyntaxError: invalid syntax (badsyntax.py, line 1)"),
         ("badvalue", "raise KeyError('two\\nlines')\n", ":kiwi", r"KeyError: 'two\nlines'"),
         ("badname", "", ":kiwi", "AttributeError: module 'badname' has no attribute 'kiwi'"),
+        ("badexit", "raise SystemExit(3)\n", ":kiwi", "SystemExit: 3"),
+        ("nosignature", "kiwi = dict\n", ":kiwi", "ValueError: fruit 'kiwi' of nosignature 1.2 (nosignature) is <class 'dict'>: "),
+        ("nameless", "def kiwi(size, /): ...\n", ":kiwi", "ValueError: fruit 'kiwi' of nameless 1.2 (nameless) is <function kiwi at"),
         ("nobuilder", "", "", "ValueError: fruit 'kiwi' of nobuilder 1.2 (nobuilder) is <module 'nobuilder' from"),
     ],
 )
@@ -277,6 +280,11 @@ def good_output(z):
     return objectives.ObjectiveOutput(z.mean(), {"mean": z.mean()}, {"size": z.detach().norm()})
 
 
+def with_scalar(objective):
+    objective.scale = nn.Parameter(torch.tensor(1.0))
+    return objective
+
+
 @pytest.fixture
 def registered():
     """Register a builder as the objective 'mine' for this test."""
@@ -305,6 +313,7 @@ def test_an_objective_is_registered_by_one_decorator(registered):
         (lambda: nn.ReLU(), r"ReLU.needs is None; objectives.Needs\(views=\(...\)\) is needed"),
         (lambda: Mine(needs=VIEWS), r"Mine.needs is \('global_0', 'global_1'\); objectives.Needs"),
         (lambda: Mine(needs=objectives.Needs("global_0")), "needs.views is 'global_0'; a tuple of views' names is needed"),
+        (lambda: with_scalar(Mine()), r"its parameter scale has no dimensions, .*; give it the shape \(1,\)"),
         (lambda: Mine(needs=objectives.Needs(())), "its needs name no view; at least one is needed"),
     ],
 )

@@ -84,12 +84,16 @@ def test_objectives_of_two_views_are_found_by_what_they_need(monkeypatch, capsys
     def broken():
         raise ValueError("it lacks a licence")
 
-    for name, builder in (("third_party", third_party), ("broken", broken)):
+    def broken_otherwise():
+        raise RuntimeError("no\nlicence")
+
+    for name, builder in (("third_party", third_party), ("broken", broken), ("otherwise", broken_otherwise)):
         monkeypatch.setitem(objectives.OBJECTIVES._builders, name, builder)
     found = two_view_objectives()
     assert {"vicreg", "adaptive", "third_party"} <= set(found)
-    assert not {"multicrop", "crossmodal", "clip", "siglip", "broken"} & set(found)
-    assert "left out, objective 'broken': it lacks a licence" in capsys.readouterr().out
+    assert not {"multicrop", "crossmodal", "clip", "siglip", "broken", "otherwise"} & set(found)
+    printed = capsys.readouterr().out
+    assert "left out, objective 'broken': it lacks a licence" in printed and "left out, objective 'otherwise': no licence" in printed
 
 
 @pytest.mark.parametrize(

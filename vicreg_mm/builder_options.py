@@ -54,6 +54,16 @@ def takes_any(builder: Builder) -> bool:
     return any(parameter.kind is parameter.VAR_KEYWORD for parameter in inspect.signature(builder).parameters.values())
 
 
+def signature_fault(builder: Builder) -> str | None:
+    """Why a builder cannot be called with options by name, or None."""
+    try:
+        parameters = inspect.signature(builder).parameters.values()
+    except (TypeError, ValueError):  # some of those written in C
+        return "python knows no signature of it, hence no options; a function that calls it would do"
+    nameless = [p.name for p in parameters if p.kind is p.POSITIONAL_ONLY and p.default is p.empty]
+    return f"its parameter {nameless[0]} cannot be given by name, as options are" if nameless else None
+
+
 def _resolved(builder: Builder, annotation: Any) -> Any:
     if annotation is inspect.Parameter.empty:
         return Any

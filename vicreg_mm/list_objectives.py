@@ -11,13 +11,14 @@ from typing import Any
 import torch
 
 from vicreg_mm import objectives
-from vicreg_mm.builder_options import Option, meanings, options_of, type_words
+from vicreg_mm.builder_options import Option, meanings, options_of, takes_any, type_words
 from vicreg_mm.objectives import OBJECTIVES
 from vicreg_mm.registry import PluginWarning
 
 USAGE = "usage: vicreg-mm objectives [NAME], NAME that of an objective or a sum a+b"
 PLACEHOLDERS = {"embedding_dim": 1, "image_features": 1, "text_features": 1}  # what only a run knows, to see what an objective needs
 WIDTH = 140
+ANY = "any others"  # of a builder with **kwargs
 
 
 def main(arguments: list[str]) -> None:
@@ -43,6 +44,7 @@ def overview() -> Iterable[str]:
     lines = []
     for name in objectives.names():
         options = [option.name if option.required else f"{option.name}={option.default!r}" for option in OBJECTIVES.options(name).values()]
+        options += [ANY] if takes_any(OBJECTIVES.builder(name)) else []
         lines += [name, *head(name), *indented(f"options: {', '.join(options) or 'none'}"), ""]
     return [*lines, "vicreg-mm objectives NAME tells the options' types and what they mean; a+b is the sum of two."]
 
@@ -55,6 +57,8 @@ def detail(name: str) -> Iterable[str]:
         builder = OBJECTIVES.builder(part)
         explained = meanings(builder, OBJECTIVES.builder)
         rows = {signature(option): explained[option.name] for option in options_of(builder).values()}
+        if takes_any(builder):
+            rows[ANY] = "passed on to it unchecked" + (f", as {part}.NAME" if len(parts) > 1 else "")
         if len(parts) > 1:
             rows[signature(Option(f"{part}.weight", float, 1.0))] = "what this part of the sum is multiplied by"
         column = max(map(len, rows), default=0)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-from vicreg_mm.builder_options import Builder, Option, options_of, shown, takes_any, type_words
+from vicreg_mm.builder_options import Builder, Option, options_of, shown, signature_fault, takes_any, type_words
 
 
 class NameClash(ValueError):
@@ -109,6 +109,8 @@ class Registry:
             raise ValueError(f"{self.kind} '{name}': a name is not empty and has no '+', which joins names, and no '.', which ends one")
         if not callable(builder):
             raise ValueError(f"{self.kind} '{name}' of {source} is {shown(builder)}; a function or class that builds one is needed")
+        if fault := signature_fault(builder):
+            raise ValueError(f"{self.kind} '{name}' of {source} is {shown(builder)}: {fault}")
         if self._builders.get(name, builder) is not builder:
             raise NameClash(f"{self.kind} '{name}' is offered by both {self._sources[name]} and {source}; rename or uninstall one of them")
         self._builders[name] = builder
@@ -128,7 +130,7 @@ class Registry:
                 self._complaints[point] = ""
             except NameClash:
                 raise
-            except Exception as error:  # whatever goes wrong in another package must not hide the others
+            except (Exception, SystemExit) as error:  # whatever goes wrong in another package must not hide the others
                 reason = " ".join(f"{type(error).__name__}: {error}".split())
                 self._complaints[point] = (
                     f"{self.kind} '{point.name}' of package {package} cannot be imported from {point.value}: {reason}; mend or uninstall it"

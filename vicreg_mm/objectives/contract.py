@@ -13,7 +13,8 @@ from vicreg_mm.registry import shown
 def check_objective(name: str, objective: Any) -> nn.Module:
     """The objective that the builder of `name` gave, to be checked once more by what its first call gives.
 
-    Raises ValueError in one line unless it is an nn.Module with a forward and with `needs` that name views.
+    Raises ValueError in one line unless it is an nn.Module with a forward, with `needs` that name views, and with no parameter without
+    dimensions.
     """
     what = f"objective '{name}'"
     if not isinstance(objective, nn.Module):
@@ -29,6 +30,9 @@ def check_objective(name: str, objective: Any) -> nn.Module:
         raise ValueError(
             f"{what}: it needs a momentum copy, but {type(objective).__name__} has no momentum_at(progress), the share that it keeps"
         )
+    scalars = [parameter for parameter, value in objective.named_parameters() if not value.ndim]
+    if scalars:
+        raise ValueError(f"{what}: its parameter {scalars[0]} has no dimensions, which DeepSpeed cannot broadcast; give it the shape (1,)")
     _FirstOutput(what).watch(objective)
     return objective
 

@@ -152,8 +152,8 @@ def two_view_objectives() -> list[str]:
         widths = {option: 1 for option in ("embedding_dim", "image_features", "text_features") if option in objectives.options(name)}
         try:
             objective: Any = objectives.build(name, **widths)
-        except ValueError as error:
-            print(f"left out, objective '{name}': {error}")
+        except Exception as error:  # another package's builder; the study goes on without it
+            print(f"left out, objective '{name}': {' '.join(str(error).split())}")
             continue
         if set(objective.needs.all_views) == {"global_0", "global_1"}:
             found.append(name)
