@@ -9,7 +9,6 @@ Training takes some 1.5 kB of memory per caption (unigram), so give --limit for 
 """
 
 import argparse
-import copy
 import os
 import sys
 from collections.abc import Iterator
@@ -53,14 +52,11 @@ def read_captions(index: ShardIndex, limit: int | None = None) -> Captions:
 
 
 def _captions_only(index: ShardIndex) -> ShardIndex:
-    """The same samples without their other fields, so that images, which are nearly all of the bytes, are not read."""
-    columns = [number for number, name in enumerate(index.fields) if name in CAPTION_FIELDS]
-    if not columns:
-        raise ValueError(f'{index.root} holds no captions (KEY.txt, or KEY.json with "captions"); its fields are {", ".join(index.fields)}')
-    part = copy.copy(index)
-    rows = slice(columns[0], columns[-1] + 1)  # a view of the memory-mapped table, where a list would copy it
-    part.fields, part.table, part.has_images = index.fields[rows], index.table[:, rows], False
-    return part
+    """The same samples without images."""
+    try:
+        return index.with_fields(*CAPTION_FIELDS)
+    except ValueError:
+        raise ValueError(f"{NONE.format(index.root)}; its fields are {', '.join(index.fields)}") from None
 
 
 def _samples(index: ShardIndex, limit: int | None, bad: list[str]) -> Iterator[tuple[str, ...]]:

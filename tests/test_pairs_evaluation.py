@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pickle
 from pathlib import Path
 
 import cv2
@@ -17,7 +18,7 @@ from vicreg_mm.assemble import build_model
 from vicreg_mm.evaluation.image_text import of_model
 from vicreg_mm.evaluation.pairs import Pairs, compare, embed_pairs, image_text_report, image_text_table
 from vicreg_mm.evaluation.zero_shot import Prompts, class_embeddings
-from vicreg_mm.input.loader import LabelledLoader
+from vicreg_mm.input.loader import LabelledLoader, labels_of
 from vicreg_mm.input.shards import Reader, ShardIndex, write_index
 from vicreg_mm.input.tokenizers import build_tokenizer, pack
 from vicreg_mm.input.views import EvalTransform, decode
@@ -257,6 +258,18 @@ def test_a_held_out_set_of_captions_alone_gives_the_image_text_table(digits, tmp
     assert reports["expander"]["sizes"]["num_blank_captions"] == 3 and "zero-shot" not in image_text_table(reports)
 
 
+def test_labels_are_read_without_images_and_bad_records_left_out(tmp_path):
+    write_tar(tmp_path / "a.tar", [
+        {"__key__": "0", "png": b"none", "cls": b"4"}, {"__key__": "1", "png": b"none", "cls": b"x"}, {"__key__": "2", "png": b"none"},
+        {"__key__": "3", "png": b"none", "json": b'{"label": 7}'},
+    ])  # fmt: skip
+    index = write_index(tmp_path)
+    assert labels_of(index).tolist() == [4, 7]
+    assert index.has_images and index.fields[0] == "png" and not index.with_fields("cls").has_images
+    part = pickle.loads(pickle.dumps(index.with_fields("cls", "json").with_fields("json")))
+    assert part.fields == ("json",) and part.table.shape == (4, 1, 2) and Reader(part).read(3).label == 7
+
+
 def test_what_the_image_text_table_cannot_use_is_said_before_the_training(digits, tmp_path):
     def config(name="crossmodal", **evaluation):
         return text_config(digits["train"], tmp_path / "run", name, evaluation=configs.EvaluationConfig(**evaluation))
@@ -266,6 +279,8 @@ def test_what_the_image_text_table_cannot_use_is_said_before_the_training(digits
     write_tar(silent / "a.tar", [{"__key__": str(n), "png": png(n), "cls": b"1"} for n in range(3)])
     write_index(silent)
     captions = strange_set(tmp_path / "strange")
+    names = tmp_path / "names.txt"
+    names.write_text("nought\none\n")
     assert open_pair_evaluation(config()) is None and open_evaluation(config(test=digits["test"])) is None
     assert open_pair_evaluation(config(train=digits["train"], test=str(silent))) is None
     assert open_pair_evaluation(config(test=captions))[1] is None
@@ -275,6 +290,7 @@ def test_what_the_image_text_table_cannot_use_is_said_before_the_training(digits
         ({"test": str(silent)}, "have no captions; without evaluation.train there is no other use"),
         ({"test": captions, "class_names": "imagenet"}, "evaluation.class_names imagenet has no effect: .* no labels"),
         ({"test": digits["test"], "templates": "none"}, "no templates 'none'"),
+        ({"test": digits["test"], "class_names": str(names)}, "names.txt holds 2 class names, but the labels of the images go up to 9"),
     ):
         with pytest.raises(ValueError, match=message):
             open_pair_evaluation(config(**wrong))

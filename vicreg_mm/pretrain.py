@@ -172,11 +172,12 @@ def open_evaluation(config: RunConfig) -> tuple[Any, Any] | None:
 def open_pair_evaluation(config: RunConfig) -> tuple[Any, Any] | None:
     """The loader of the images and captions that are held out, and the prompts of their classes (None: no labels, or no names), where the
     objective takes texts; else None. Opened before the training, too. Raises ValueError for a set without captions that has no other use,
-    and for class names without labels."""
+    for class names without labels, and for local shards with a label that has no name."""
     e = config.evaluation
     if not e.test or not needs_of(config).texts:
         return None
     from vicreg_mm.evaluation.zero_shot import load_prompts
+    from vicreg_mm.input.loader import labels_of
 
     index = _open_index(config, e.test)
     if e.class_names and not index.has_labels:
@@ -185,7 +186,10 @@ def open_pair_evaluation(config: RunConfig) -> tuple[Any, Any] | None:
         if e.train:
             return None
         raise ConfigError(f"the shards of evaluation {e.test} have no captions; without evaluation.train there is no other use of them")
-    return _loader(config, index, captions=True), load_prompts(e.test, e.class_names, e.templates) if index.has_labels else None
+    prompts = load_prompts(e.test, e.class_names, e.templates) if index.has_labels else None
+    if prompts is not None and not index.remote:  # remote shards would all be fetched; theirs are checked when they are measured
+        prompts.check(labels_of(index))
+    return _loader(config, index, captions=True), prompts
 
 
 def _open_index(config: RunConfig, name: str) -> Any:

@@ -193,7 +193,7 @@ def load_prompts(shards: str, class_names: str, templates: str, underscores_to_s
 
 def check_class_names(names: Sequence[str], labels: Tensor, source: str) -> None:
     """Raise ValueError if a label has no name; more names than labels are no mistake, a set may lack a class. source: whose names."""
-    highest = int(labels.max())
+    highest = int(labels.max()) if len(labels) else -1
     if highest >= len(names):
         raise ValueError(
             f"{source} holds {len(names)} class names, but the labels of the images go up to {highest}: are both of one data set?"

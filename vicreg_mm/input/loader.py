@@ -4,6 +4,7 @@ One whole local batch is made in one worker, from its position alone. So the num
 position. A bad record (unreadable, or an image that does not decode) is left out and counted; any other exception is ours and propagates.
 """
 
+import contextlib
 import math
 import signal
 import warnings
@@ -104,6 +105,16 @@ def require_captions(index: ShardIndex) -> None:
     """Raise ValueError for a set without captions."""
     if not index.has_captions:
         raise ValueError(f"{index.root} has no captions (KEY.txt, or KEY.json with captions): its fields are {', '.join(index.fields)}")
+
+
+def labels_of(index: ShardIndex) -> torch.Tensor:
+    """The labels of all records that have one that can be read, int64; no image is read."""
+    reader, labels = Reader(index.with_fields("cls", "json")), []
+    for row in range(index.num_samples):
+        with contextlib.suppress(RecordError):
+            labels.append(reader.read(row).label)
+    reader.close()
+    return torch.tensor([label for label in labels if label is not None], dtype=torch.int64)
 
 
 def shapes_of(policy: ViewPolicy, texts: TextViewPolicy | None) -> tuple[dict[str, tuple[int, ...]], dict[str, int]]:

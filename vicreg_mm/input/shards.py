@@ -5,6 +5,7 @@ Beside webdataset tars lie `index.json` (names, sizes and counts of the shards, 
 so it costs no memory per worker, and a sample is read by its number, in place.
 """
 
+import copy
 import hashlib
 import json
 import multiprocessing
@@ -135,6 +136,7 @@ class ShardIndex:
         self.num_samples = sum(self.counts)
         self._starts = [0, *accumulate(self.counts)]
         self._table_path = table_path
+        self._columns = slice(0, None)
 
     @classmethod
     def open(cls, source: str | Path, cache_dir: str | Path | None = None) -> "ShardIndex":
@@ -163,9 +165,23 @@ class ShardIndex:
     @cached_property
     def table(self) -> np.ndarray:
         try:
-            return np.load(self._table_path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
+            table = np.load(self._table_path, mmap_mode="r", allow_pickle=False)
+            return table[:, self._columns]  # a view of the file, where a list of columns would be a copy
+        except (OSError, ValueError, EOFError, IndexError) as error:
             raise _stale(self.root, f"index.npy cannot be read ({error})") from None
+
+    def with_fields(self, *names: str) -> "ShardIndex":
+        """The same samples without images, which are nearly all of the bytes: with the fields from the first to the last of these that the
+        set has. Raises ValueError if it has none."""
+        columns = [column for column, name in enumerate(self.fields) if name in names]
+        if not columns:
+            raise ValueError(f"{self.root} has none of the fields {', '.join(names)}; its fields are {', '.join(self.fields)}")
+        part = copy.copy(self)
+        first, last = columns[0], columns[-1] + 1
+        part.fields, part.has_images = self.fields[first:last], False
+        part._columns = slice(self._columns.start + first, self._columns.start + last)
+        part.__dict__.pop("table", None)
+        return part
 
     def locate(self, row: int) -> tuple[int, int]:
         """The shard of a sample, and its number within the shard."""
