@@ -1,8 +1,15 @@
+import dataclasses
+
 import pytest
 import torch
 
-from vicreg_mm import objectives
+from tests.distributed.ranks import run_ranks
+from tests.tiny import metrics, tiny_config
+from vicreg_mm import config as configs
+from vicreg_mm import distributed, objectives
+from vicreg_mm.assemble import open_data
 from vicreg_mm.objectives.learned_weights import BudgetWeights
+from vicreg_mm.pretrain import pretrain
 
 
 def views(dtype=torch.float32):
@@ -28,3 +35,17 @@ def test_adaptive_takes_the_other_modes_by_name():
         objective(views())
         objective.after_step(1.0)
     assert torch.equal(ours(views()).loss, theirs(views()).loss)
+
+
+def trained(config):
+    pretrain(config, distributed.start())
+
+
+def test_in_a_run_the_weights_begin_to_move_when_its_warm_up_is_over(digits, tmp_path):
+    objective = configs.ObjectiveConfig(name="adaptive", options={"weighting_start": 0.0})
+    config = tiny_config(digits["train"], tmp_path / "run", objective=objective, steps=4)
+    warmup_epochs = 2 / open_data(config).steps_per_epoch
+    config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, warmup_epochs=warmup_epochs))
+    run_ranks(trained, 1, config)
+    weights = metrics(config.run, "stats/weight_covariance")
+    assert weights[1] == weights[2] == weights[3] == pytest.approx(1.0) and weights[4] != weights[3]

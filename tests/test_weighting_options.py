@@ -146,6 +146,15 @@ def test_a_branch_of_its_own_coefficient_keeps_its_ratio_while_the_weights_learn
     assert weights_of(out)[1] != 25.0
 
 
+@pytest.mark.parametrize("start, moves_after", [(0.0, 0.5), (0.75, 0.75)])
+def test_no_weight_moves_before_its_start_nor_in_the_warm_up(start, moves_after):
+    objective = build("adaptive", "budget", weighting_start=start, warmup_share=0.5)
+    for progress in (0.25, 0.5, 0.75, 1.0):
+        objective(views("adaptive"))
+        objective.after_step(progress)
+        assert torch.equal(objective.weighting.factors, torch.ones(3, dtype=torch.float64)) == (progress <= moves_after)
+
+
 @EVERY_GRAPH
 def test_every_graph_objective_has_the_options_of_the_weights_typed_and_explained(name):
     assert {"convention", "lambda_", "mu", "nu", "weighting", *OWN_OPTIONS} <= objectives.options(name)
@@ -192,6 +201,7 @@ def test_fixed_is_the_default_and_only_literal_warns(name):
             "target_variance = 0.1 has no effect with weighting 'budget', which takes weighting_start, weighting_rate, weighting_bound",
         ),
         ({"weighting": "dwa", "weighting_bound": 3.0}, "weighting_bound = 3.0 has no effect with weighting 'dwa'"),
+        ({"weighting": "budget", "warmup_share": 1.0}, "warmup_share = 1.0; a share of the run from 0 to below 1 is needed"),
         ({"weighting": "budget", "weighting_bound": 1.0}, "weighting_bound = 1.0; .* more than 1 is needed"),
         ({"weighting": "budget", "nu": 0.0}, "nu = 0; a weight that learns begins at a positive one"),
         ({"weighting": "dual", "mu": -1.0}, "mu = -1.0; a loss weight must be finite and not negative"),

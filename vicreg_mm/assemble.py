@@ -11,8 +11,8 @@ from vicreg_mm import distributed
 from vicreg_mm.config import ConfigError, RunConfig, is_given
 
 
-def build_objective(config: RunConfig, image_features: int) -> Any:
-    """The objective with its options, and with those that the rest of the configuration decides."""
+def build_objective(config: RunConfig, image_features: int, warmup_share: float = 0.0) -> Any:
+    """The objective with its options, and with those that the rest of the run decides. warmup_share: of the run's steps."""
     from vicreg_mm import objectives
 
     known = {
@@ -20,6 +20,7 @@ def build_objective(config: RunConfig, image_features: int) -> Any:
         "embedding_dim": config.expander.widths[-1],
         "image_features": image_features,
         "text_features": config.text.width,
+        "warmup_share": warmup_share,
     }
     taken = objectives.options(config.objective.name)
     options = {**{option: value for option, value in known.items() if option in taken}, **config.objective.options}
@@ -40,8 +41,9 @@ def open_tokenizer(config: RunConfig) -> Any:
     return build_tokenizer(config.text.tokenizer or str(shard_folder(config.input.shards)))
 
 
-def build_model(config: RunConfig, tokenizer: Any = None) -> Any:
-    """Encoders, expanders and objective with fresh weights from torch's current random state. tokenizer: for objectives that take texts."""
+def build_model(config: RunConfig, tokenizer: Any = None, warmup_share: float = 0.0) -> Any:
+    """Encoders, expanders and objective with fresh weights from torch's current random state. tokenizer: for objectives that take texts.
+    warmup_share: of the steps that the model will be trained for."""
     from vicreg_mm.encoder_file import build_encoder
     from vicreg_mm.encoders import build_text
     from vicreg_mm.expander import Expander
@@ -59,7 +61,7 @@ def build_model(config: RunConfig, tokenizer: Any = None) -> Any:
     encoder = build_encoder(config)
     if config.encoder.frozen:
         encoder.freeze()
-    objective = build_objective(config, encoder.num_features)
+    objective = build_objective(config, encoder.num_features, warmup_share)
     needs, text = objective.needs, None
     expanded_texts = any(view in needs.texts for view in needs.views)
     if e.projection and not needs.texts:

@@ -87,8 +87,9 @@ def pretrain(config: RunConfig, device: torch.device, loaders: tuple[Any, Any] |
         config = as_begun(config, run)
     if resumed is None:
         weights, config = encoder_file.given_weights(config)
+    schedule = schedule_of(config, data.steps_per_epoch)
     torch.manual_seed(config.seed)
-    model = build_model(config, tokenizer)
+    model = build_model(config, tokenizer, schedule.warmup / schedule.total)
     model.check_views(data.view_sizes)
     if resumed is None:
         told = start_from_weights(model, config, weights, tokenizer)
@@ -98,7 +99,6 @@ def pretrain(config: RunConfig, device: torch.device, loaders: tuple[Any, Any] |
         model = convert_sync_batchnorm(model, device)
     if config.engine.activation_checkpointing:
         recompute_activations(model)
-    schedule = schedule_of(config, data.steps_per_epoch)
     # a wrong setting must not leave a run directory behind
     parameter_groups(model, config.optim)
     settings = deepspeed_settings(config, distributed.world_size(), device)

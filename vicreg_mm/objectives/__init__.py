@@ -8,7 +8,8 @@ An objective of one's own is a builder under a name, by `@register("name")` or, 
 
 Builder. A function or class whose keyword options are annotated and have defaults; a run gives `--objective.options.NAME VALUE`, checked
 by the annotation. Options called num_local, embedding_dim (D), image_features and text_features (the widths F of the encoders' features)
-are set by the run where a user doesn't. `vicreg-mm objectives` shows the first line of its docstring and its sentences `option: meaning.`
+and warmup_share (of the run's steps) are set by the run where a user doesn't. `vicreg-mm objectives` shows the first line of its
+docstring and its sentences `option: meaning.`
 
 Objective. An nn.Module with
 - `needs: Needs`: in `views` the views whose embeddings it takes, in `features` those whose features it takes. global_0, global_1 are the

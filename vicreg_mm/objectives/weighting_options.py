@@ -5,7 +5,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from vicreg_mm.objectives.learned_weights import BudgetWeights, DualWeights, DWAWeights, LiteralWeights, UncertaintyWeights
+from vicreg_mm.objectives.learned_weights import BudgetWeights, DualWeights, DWAWeights, LearnedWeights, LiteralWeights, UncertaintyWeights
 from vicreg_mm.objectives.weighting import FixedWeights
 from vicreg_mm.registry import unknown_name
 
@@ -27,6 +27,7 @@ def build_weighting(
     mu: float = 25.0,
     nu: float = 1.0,
     weighting: str = "fixed",
+    warmup_share: float = 0.0,
     weighting_start: float | None = None,
     weighting_rate: float | None = None,
     weighting_bound: float | None = None,
@@ -42,6 +43,7 @@ def build_weighting(
     convention: "mean", "official", "paper" or "formula", what the weights multiply (`weighting.CONVENTIONS`). lambda_: weight of the
     invariance. mu: weight of the variance. nu: weight of the covariance; all three are the base where weights change.
     weighting: "fixed", "literal", "uncertainty", "dwa", "dual" or "budget", how the weights change (`learned_weights`).
+    warmup_share: share of the run that is warm-up, in which those that learn stay at the base (a run sets it; not of literal).
     weighting_start: share of the run after which they begin to move (0.1; not of fixed and literal).
     weighting_rate: their learning rate, per step (uncertainty and dual 0.001, budget 0.01).
     weighting_bound: the factor within which they stay around the base (uncertainty and dual 4, budget 2).
@@ -62,11 +64,16 @@ def build_weighting(
         if name not in taken:
             does = f"takes {', '.join(taken)}" if taken else "takes no options of its own"
             raise ValueError(f"{name} = {value} has no effect with weighting '{weighting}', which {does}")
+    if not 0 <= warmup_share < 1:
+        raise ValueError(f"warmup_share = {warmup_share}; a share of the run from 0 to below 1 is needed")
     own = {name.removeprefix(PREFIX): value for name, value in given.items()}
-    return MODES[weighting](lambda_=lambda_, mu=mu, nu=nu, convention=convention, **own)
+    weights = MODES[weighting](lambda_=lambda_, mu=mu, nu=nu, convention=convention, **own)
+    if isinstance(weights, LearnedWeights):
+        weights.start = max(weights.start, warmup_share)
+    return weights
 
 
-OWN_OPTIONS = tuple(inspect.signature(build_weighting).parameters)[5:]
+OWN_OPTIONS = tuple(inspect.signature(build_weighting).parameters)[6:]
 
 
 def own_options(weighting: str) -> tuple[str, ...]:
