@@ -47,6 +47,19 @@ def test_terms_of_one_name_stand_side_by_side():
     torch.testing.assert_close(out.terms["vicreg/covariance"], out.terms["multicrop/covariance"])
 
 
+@pytest.mark.parametrize("name", ["clip+adaptive", "vicreg+adaptive"])
+def test_the_fixed_loss_of_a_sum_is_its_loss_at_the_base_weights(name):
+    first = name.partition("+")[0]
+    both = objectives.build(name, **(WIDTHS if first == "clip" else {}), **{"adaptive.weight": 0.1, "adaptive.weighting_rate": 5.0})
+    both(*[{view: z.requires_grad_() for view, z in inputs()[0].items()}, inputs()[1]])
+    both.after_step(1.0)
+    out = both(*inputs())
+    expected = both.parts[first](*inputs()).loss + 0.1 * objectives.build("vicreg")(*inputs()).loss
+    torch.testing.assert_close(out.logs["loss/fixed"], expected.detach())
+    assert not out.logs["loss/fixed"].requires_grad and not torch.isclose(out.loss, expected, rtol=1e-3)
+    assert not [key for key in out.logs if key.endswith("/loss/fixed")]
+
+
 def test_embeddings_are_compared_as_the_part_with_predictors_compares_them():
     both = objectives.build("vicreg+crossmodal", predictor=16, embedding_dim=12).eval()
     z = torch.randn(3, 12)

@@ -3,16 +3,20 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vicreg_mm.objectives.graph import ObjectiveOutput
 from vicreg_mm.objectives.needs import joined
 
+FIXED = "loss/fixed"
+
 
 class SumObjective(nn.Module):
     """sum_k w_k L_k. parts: by name; weights: by name.
 
-    Terms and logs of the parts stand side by side under their own names, or under PART/NAME where two parts have the same.
+    Terms and logs of the parts stand side by side under their own names, or under PART/NAME where two parts have the same. Of loss/fixed,
+    the loss at weights that do not change, there is the sum, in which a part without one counts with its loss.
     Raises ValueError for a weight that is not positive: a part of weight 0 is to be left out; and as `needs.joined`.
     """
 
@@ -33,7 +37,11 @@ class SumObjective(nn.Module):
         outputs = {name: part(embeddings, context) for name, part in self.parts.items()}
         loss = sum((self.weights[name] * output.loss for name, output in outputs.items()), start=0.0)
         terms = _side_by_side({name: output.terms for name, output in outputs.items()})
-        return ObjectiveOutput(loss, terms, _side_by_side({name: output.logs for name, output in outputs.items()}))  # type: ignore[arg-type]
+        logs = _side_by_side({name: {k: v for k, v in output.logs.items() if k != FIXED} for name, output in outputs.items()})
+        if any(FIXED in output.logs for output in outputs.values()):
+            fixed = [self.weights[name] * output.logs.get(FIXED, output.loss.detach()) for name, output in outputs.items()]
+            logs[FIXED] = torch.stack(fixed).sum()
+        return ObjectiveOutput(loss, terms, logs)  # type: ignore[arg-type]
 
     @property
     def projections(self) -> dict[str, nn.Module] | None:
