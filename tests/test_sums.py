@@ -47,6 +47,17 @@ def test_terms_of_one_name_stand_side_by_side():
     torch.testing.assert_close(out.terms["vicreg/covariance"], out.terms["multicrop/covariance"])
 
 
+@pytest.mark.parametrize("name", ["simclr+vicreg", "vicreg+simclr", "simclr+barlow_twins"])
+def test_collapse_is_still_seen_where_several_parts_tell_their_spread(name):
+    both = objectives.build(name, **({"gamma": 2.0} if "vicreg" in name else {}))
+    watched = "vicreg" if "vicreg" in name else "simclr"
+    out, alone = both(*inputs()), both.parts[watched](*inputs())
+    assert both.gamma == (2.0 if "vicreg" in name else 1.0)
+    for key in ("std_mean", "std_min", "std_max", "collapsed_dims"):
+        assert torch.equal(out.logs[key], alone.logs[key])
+        assert {f"{part}/{key}" for part in name.split("+")} <= set(out.logs)
+
+
 @pytest.mark.parametrize("name", ["clip+adaptive", "vicreg+adaptive"])
 def test_the_fixed_loss_of_a_sum_is_its_loss_at_the_base_weights(name):
     first = name.partition("+")[0]

@@ -10,6 +10,7 @@ from vicreg_mm.objectives.graph import ObjectiveOutput
 from vicreg_mm.objectives.needs import joined
 
 FIXED = "loss/fixed"
+SPREAD = ("std_mean", "std_min", "std_max", "collapsed_dims")
 
 
 class SumObjective(nn.Module):
@@ -17,6 +18,7 @@ class SumObjective(nn.Module):
 
     Terms and logs of the parts stand side by side under their own names, or under PART/NAME where two parts have the same. Of loss/fixed,
     the loss at weights that do not change, there is the sum, in which a part without one counts with its loss.
+    What collapse is warned of by, gamma and the spread over all views, is that of the first part that has a gamma, else of the first part.
     Raises ValueError for a weight that is not positive: a part of weight 0 is to be left out; and as `needs.joined`.
     """
 
@@ -30,7 +32,8 @@ class SumObjective(nn.Module):
         self.parts = nn.ModuleDict(parts)
         self.weights = dict(weights)
         self.needs = joined([part.needs for part in parts.values()])
-        self.gamma = next((part.gamma for part in parts.values() if hasattr(part, "gamma")), 1.0)
+        self.watched = next((name for name, part in parts.items() if hasattr(part, "gamma")), next(iter(parts)))
+        self.gamma = getattr(parts[self.watched], "gamma", 1.0)
 
     def forward(self, embeddings: Mapping[str, Tensor], context: Mapping[str, Any] | None = None) -> ObjectiveOutput:
         """Embeddings and context as the parts want them."""
@@ -38,6 +41,8 @@ class SumObjective(nn.Module):
         loss = sum((self.weights[name] * output.loss for name, output in outputs.items()), start=0.0)
         terms = _side_by_side({name: output.terms for name, output in outputs.items()})
         logs = _side_by_side({name: {k: v for k, v in output.logs.items() if k != FIXED} for name, output in outputs.items()})
+        watched = outputs[self.watched].logs
+        logs |= {key: watched[key] for key in SPREAD if key in watched}
         if any(FIXED in output.logs for output in outputs.values()):
             fixed = [self.weights[name] * output.logs.get(FIXED, output.loss.detach()) for name, output in outputs.items()]
             logs[FIXED] = torch.stack(fixed).sum()
