@@ -232,5 +232,3 @@ def test_bad_shapes_are_one_line_that_names_the_view():
         global_terms({"a": z}, [], {"a": torch.ones(3)})
     with pytest.raises(ValueError, match="row weights for unknown view 'b'; known: a"):
         global_terms({"a": z}, [], {"b": torch.ones(4)})
-
-
