@@ -175,7 +175,7 @@ def test_gauges_and_gradient_norms_belong_to_their_step(outcomes):
         ("encoder", "unknown encoder 'timm/resnet51'; closest"),
         ("views", "documents"),
         ("builtin", "unknown built-in data 'builtin:cats'; known: builtin:digits"),
-        ("option", "unknown option of objective 'vicreg' 'lamda'; known: convention, lambda_, mu"),
+        ("option", "unknown option of objective 'vicreg' 'lamda'; known: gamma, eps, convention, lambda_, mu"),
         ("fp16", "fp16 needs a GPU"),
         ("warm-up", "the warm-up of 460 steps is not shorter than the run of 3; lower --optim.warmup_epochs"),
         ("word", "objective 'vicreg': option mu = 'much'; it takes float"),
