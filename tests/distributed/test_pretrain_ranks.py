@@ -185,8 +185,8 @@ def train_perturbed(config, perturbation):
 
     build = pretrain.build_model
 
-    def build_perturbed(c, tokenizer=None):
-        model = build(c, tokenizer)
+    def build_perturbed(*args):
+        model = build(*args)
         generator = torch.Generator().manual_seed(5)
         with torch.no_grad():
             for p in model.parameters():
