@@ -94,18 +94,23 @@ def mebibytes(loss: Callable[..., Tensor], n: int, d: int) -> float:
     return max(forward, kept + backward - gradients) / MIB
 
 
-def learning_overhead(weighting: str, n: int, d: int, repeats: int) -> float:
-    """Time of the loss whose weights learn, over that of the same with fixed ones: of both the best, measured in turns."""
-    objectives_ = [objectives.build("vicreg", weighting=mode) for mode in ("fixed", weighting)]
-    times: list[list[float]] = [[], []]
+def step_seconds(weighting: str, n: int, d: int, repeats: int) -> float:
+    """The best of several steps of VICReg with these weights, their own rule included."""
+    objective = objectives.build("vicreg", weighting=weighting)
+    times = []
     for repeat in range(repeats):
-        for objective, found in zip(objectives_, times, strict=True):
-            a, b = views(n, d)
-            start = time.perf_counter()
-            objective({"global_0": a, "global_1": b}).loss.backward()
-            objective.after_step(0.5 + repeat / (2 * repeats))
-            found.append(time.perf_counter() - start)
-    return min(times[1]) / min(times[0])
+        a, b = views(n, d)
+        start = time.perf_counter()
+        objective({"global_0": a, "global_1": b}).loss.backward()
+        objective.after_step(0.5 + repeat / (2 * repeats))
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def learning_overhead(weighting: str, n: int, d: int) -> float:
+    """What weights that learn add to a step, over the loss's time at (n, d): found with few rows, whose loss takes so little time that the
+    difference is seen; the rule itself sees no rows."""
+    return (step_seconds(weighting, 4, d, 300) - step_seconds("fixed", 4, d, 300)) / step_seconds("fixed", n, d, 5)
 
 
 def main(shapes: list[tuple[int, int]]) -> None:
@@ -122,7 +127,7 @@ def main(shapes: list[tuple[int, int]]) -> None:
     plain, ours = seconds(plain_multicrop, 256, 4096, 1, count=10), seconds(our_multicrop, 256, 4096, 3, count=10)
     print(f"multicrop, 2 + 8 views at (256, 4096): plain {plain:.2f} s, ours {ours:.3f} s, {plain / ours:.1f}x faster")
     for weighting in ("budget", "dual", "uncertainty", "dwa"):
-        print(f"{weighting} over fixed at (256, 8192): {100 * (learning_overhead(weighting, 256, 8192, 20) - 1):+.2f} %", flush=True)
+        print(f"{weighting} over fixed at (256, 8192): {100 * learning_overhead(weighting, 256, 8192):+.2f} %", flush=True)
 
 
 if __name__ == "__main__":
