@@ -123,15 +123,6 @@ def gather_rows(rows: Tensor, counts: list[int]) -> Tensor:
     return torch.cat([gathered[r * longest : r * longest + count] for r, count in enumerate(counts)])
 
 
-def gather_objects(value: Any) -> list[Any]:
-    """Every rank's `value`, in rank order. Small things only."""
-    if world_size() == 1:
-        return [value]
-    values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
 def broadcast_object(value: Any) -> Any:
     """Rank 0's `value` on every rank. Small things only."""
     if world_size() == 1:

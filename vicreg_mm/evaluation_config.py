@@ -70,6 +70,7 @@ class RetrievalProgram(EvaluationProgram):
     """Images in a fold."""
 
     def check(self) -> None:
+        """Raise ConfigError for folds that cannot be, too."""
         super().check()
         if self.folds < 0:
             raise ConfigError(f"folds is {self.folds}; it cannot be negative")

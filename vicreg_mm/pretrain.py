@@ -60,7 +60,6 @@ def pretrain(config: RunConfig, device: torch.device, loaders: tuple[Any, Any] |
     """
     from vicreg_mm import checkpoint, encoder_file, engine, gauges
     from vicreg_mm.batchnorm import convert_sync_batchnorm
-    from vicreg_mm.input.tokenizers import check_vocabulary
     from vicreg_mm.launch import deepspeed_settings, launch
     from vicreg_mm.optim import parameter_groups
 
@@ -68,17 +67,7 @@ def pretrain(config: RunConfig, device: torch.device, loaders: tuple[Any, Any] |
     if needs.texts:
         tokenizer = open_tokenizer(config)
     data = open_data(config, needs, tokenizer)
-    run, resumed = checkpoint.open_run(config) if config.resume else (None, None)  # touches nothing
-    state: dict[str, Any] = {"step": 0, "journal": {}}
-    if resumed is not None:
-        state = checkpoint.read_state(resumed)
-        if state["data"] != data.fingerprint:
-            raise checkpoint.CheckpointError(
-                f"{run} was trained on other data: {state['data']} in its checkpoint, {data.fingerprint} in --input.shards"
-            )
-        if tokenizer is not None:
-            kept = checkpoint.read_tokenizer(resumed)
-            check_vocabulary(tokenizer, kept.vocab_size, kept.fingerprint)
+    run, resumed, state = _last_checkpoint(config, data, tokenizer)
     # The loader's processes are forked by the first batch: before there is a model, whose every weight they would keep as it was then.
     batches = data.batches(state["step"])
     batches = itertools.chain([next(batches)], batches)
@@ -128,6 +117,28 @@ def pretrain(config: RunConfig, device: torch.device, loaders: tuple[Any, Any] |
         encoder_file.export_encoder(run, last, config)
     distributed.barrier()
     return run
+
+
+def _last_checkpoint(config: RunConfig, data: Any, tokenizer: Any) -> tuple[Path | None, Path | None, dict[str, Any]]:
+    """Run directory, checkpoint and its state to go on from (None, None and step 0: from the start); touches nothing.
+
+    Raises CheckpointError for a run on other data, ValueError for one with another vocabulary.
+    """
+    from vicreg_mm import checkpoint
+    from vicreg_mm.input.tokenizers import check_vocabulary
+
+    run, resumed = checkpoint.open_run(config) if config.resume else (None, None)
+    if resumed is None:
+        return run, None, {"step": 0, "journal": {}}
+    state = checkpoint.read_state(resumed)
+    if state["data"] != data.fingerprint:
+        raise checkpoint.CheckpointError(
+            f"{run} was trained on other data: {state['data']} in its checkpoint, {data.fingerprint} in --input.shards"
+        )
+    if tokenizer is not None:
+        kept = checkpoint.read_tokenizer(resumed)
+        check_vocabulary(tokenizer, kept.vocab_size, kept.fingerprint)
+    return run, resumed, state
 
 
 def as_begun(config: RunConfig, run: Path) -> RunConfig:
