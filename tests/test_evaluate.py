@@ -19,7 +19,7 @@ from vicreg_mm import config as configs
 from vicreg_mm.command_line import parse_program, smoke_profile
 from vicreg_mm.config import ConfigError
 from vicreg_mm.evaluate import measure_retrieval, measure_zero_shot, retrieval, zero_shot
-from vicreg_mm.evaluation.results import read_rows, write_row
+from vicreg_mm.evaluation.results import headline_number, read_rows, write_row
 from vicreg_mm.evaluation_config import RetrievalProgram, ZeroShotProgram
 from vicreg_mm.input.shards import ShardIndex, write_index
 
@@ -208,12 +208,21 @@ def test_the_pretraining_of_a_program_is_a_recipes_smoke_profile():
 
 
 def test_rows_are_numbered_and_never_written_over(tmp_path):
-    row = {"evaluation": "knn", "encoder": {}, "data": {}, "options": {}, "result": {"top_1": 0.5}}
+    row = {"evaluation": "knn", "encoder": {}, "data": {}, "options": {}, "result": {"top_1": 0.5}, "headline": {"top_1": "top-1, %"}}
     (tmp_path / "knn-007.json").write_text("{}")
     (tmp_path / "knn-notes.json").write_text("{}")
     assert [write_row(tmp_path, row).name for _ in range(2)] == ["knn-008.json", "knn-009.json"]
     assert write_row(tmp_path / "new", row).name == "knn-001.json"
     assert read_rows(tmp_path / "new") == [row]
+
+
+def test_a_headline_names_numbers_of_the_result(tmp_path):
+    row = {"evaluation": "knn", "encoder": {}, "data": {}, "options": {}, "result": {"all": {"a/b": 0.5, "a/b_low": 0.4}, "k": 20}}
+    write_row(tmp_path, {**row, "headline": {"all/a/b": "b, %", "k": "k"}})
+    assert [headline_number(row["result"], "all/a/b", end) for end in ("", "_low", "_high")] == [0.5, 0.4, None]
+    for name in ("all", "all/b", "top_1"):
+        with pytest.raises(ValueError, match=f"headline '{name}' is no number of the result, which holds"):
+            write_row(tmp_path, {**row, "headline": {name: "x"}})
 
 
 @pytest.mark.launcher

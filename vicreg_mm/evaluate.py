@@ -21,12 +21,13 @@ Program = TypeVar("Program", bound=EvaluationProgram)
 
 
 class Measured(NamedTuple):
-    """What a program found. encoder, data, result: as of `evaluation.results.write_row`; table: for people."""
+    """What a program found. encoder, data, result, headline: as of `evaluation.results.write_row`; table: for people."""
 
     encoder: dict[str, Any]
     data: dict[str, Any]
     result: dict[str, Any]
     table: str
+    headline: dict[str, str]
 
 
 def retrieval(recipe: RetrievalProgram, pretraining: RunConfig, arguments: list[str] | None = None) -> None:
@@ -96,7 +97,8 @@ def _keep(config: EvaluationProgram, found: Measured, seconds: float) -> Path:
 
     row = {
         "evaluation": config.name, "encoder": found.encoder, "data": found.data, "options": dataclasses.asdict(config),
-        "result": found.result, "seconds": round(seconds, 1), "processes": distributed.world_size(), "torch": torch.__version__,
+        "result": found.result, "headline": found.headline, "seconds": round(seconds, 1),
+        "processes": distributed.world_size(), "torch": torch.__version__,
     }  # fmt: skip
     return write_row(folder_of(config.encoder, config.out), row)
 
@@ -141,7 +143,12 @@ def measure_retrieval(config: RetrievalProgram, device: torch.device) -> Measure
         rows["folds"] = folds(*searched, size=config.fold_size, num_folds=config.folds, centre=config.centre).as_dict()
     shape, sizes = shape_of(pairs, device), pairs.sizes()
     table = _lines(_title(config), retrieval_table(rows), shape_line(shape), sizes_line(sizes))
-    return Measured(_told(model), {"shards": data}, {**rows, **shape, **sizes}, table)
+    headline = {
+        f"all/{way}/R@{k}": f"{words} R@{k}, %"
+        for way, words in (("image_to_text", "image to text"), ("text_to_image", "text to image"))
+        for k in (1, 5, 10)
+    }
+    return Measured(_told(model), {"shards": data}, {**rows, **shape, **sizes}, table, headline)
 
 
 def measure_zero_shot(config: ZeroShotProgram, device: torch.device) -> Measured:
@@ -165,7 +172,8 @@ def measure_zero_shot(config: ZeroShotProgram, device: torch.device) -> Measured
     table = _lines(
         f"{_title(config)}, {len(prompts.templates)} templates", zero_shot_table({"all": found}), sizes_line(pairs.sizes(), texts=False)
     )
-    return Measured(_told(model), {"shards": data}, {**found, **sizes}, table)
+    headline = {name: f"top-{name[4:]}, %" for name in ("top_1", "top_5") if name in found} | {"mean_per_class": "mean per class, %"}
+    return Measured(_told(model), {"shards": data}, {**found, **sizes}, table, headline)
 
 
 def _title(config: RetrievalProgram | ZeroShotProgram) -> str:
