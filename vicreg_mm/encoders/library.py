@@ -176,6 +176,8 @@ def _build_open_clip(name: str, architecture: str, given: dict[str, Any]) -> Vis
     import open_clip
     from open_clip.model import _build_vision_tower  # private; `create_model` would build the text tower, and download some of them
 
+    from vicreg_mm.encoders.clip_vision import AnySizeVisionTransformer
+
     config = open_clip.get_model_config(architecture)
     vision = dict(config["vision_cfg"])
     if vision.get("timm_model_name"):
@@ -192,11 +194,12 @@ def _build_open_clip(name: str, architecture: str, given: dict[str, Any]) -> Vis
     if given["pooling"]:
         vision["pool_type"] = {"token": "tok", "avg": "avg"}[given["pooling"]]
     net: Any = _build_vision_tower(config["embed_dim"], vision, quick_gelu=config.get("quick_gelu", False))
+    net.__class__ = AnySizeVisionTransformer
     net.proj = None
     mean, std = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
     return VisionEncoder(
         net, name, net.ln_post.normalized_shape[0], net.image_size[0], net.patch_size[0], mean=mean, std=std,
-        fixed_size=True, patch_embedding="conv1.", matcher=_CLIP_LAYERS, head=("proj",),
+        patch_embedding="conv1.", matcher=_CLIP_LAYERS, head=("proj",),
     )  # fmt: skip
 
 

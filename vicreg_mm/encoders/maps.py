@@ -23,11 +23,16 @@ def features_and_map(net: nn.Module) -> FeaturesAndMap | None:
     """
     if hasattr(net, "forward_features") and hasattr(net, "forward_head"):
         return _of_timm
-    if all(hasattr(net, part) for part in ("conv1", "bn1", "relu", "maxpool", *STAGES, "avgpool", "fc")):
+    if is_torchvision_resnet(net):
         return _of_resnet
     if hasattr(net, "forward_intermediates") and hasattr(net, "ln_post"):
         return _of_open_clip
     return None
+
+
+def is_torchvision_resnet(net: nn.Module) -> bool:
+    """Whether a network has the parts of torchvision's ResNets."""
+    return all(hasattr(net, part) for part in ("conv1", "bn1", "relu", "maxpool", *STAGES, "avgpool", "fc"))
 
 
 def map_width(net: nn.Module, num_features: int) -> int:
