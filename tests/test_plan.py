@@ -26,7 +26,7 @@ def epoch_rows(plan: Plan, epoch: int) -> np.ndarray:
 def oracle(plan: Plan, epoch: int) -> np.ndarray:
     """A whole epoch, [steps, batch], written from the description and materialised."""
     starts = np.cumsum((0, *plan.counts))
-    order = planning._permutation(len(plan.counts), plan.seed, 0, epoch)
+    order = planning.permutation(len(plan.counts), plan.seed, 0, epoch)
     sequence = np.concatenate([np.arange(starts[shard], starts[shard + 1]) for shard in order])
     sequence = np.roll(sequence, -int(planning._raw(1, plan.seed, 1, epoch)[0] % np.uint64(len(sequence))))
     steps = len(sequence) // plan.batch
@@ -37,7 +37,7 @@ def oracle(plan: Plan, epoch: int) -> np.ndarray:
         head = number * size // plan.slots if size < length else 0
         cuts = [0, *range(size - head, length, size), length]
         for block, (first, last) in enumerate(itertools.pairwise(cuts)):
-            slot[first:last] = slot[first:last][planning._permutation(last - first, plan.seed, 2, epoch, number, block)]
+            slot[first:last] = slot[first:last][planning.permutation(last - first, plan.seed, 2, epoch, number, block)]
     return slots.reshape(plan.slots, steps, -1).transpose(1, 0, 2).reshape(steps, plan.batch)
 
 

@@ -37,7 +37,7 @@ def _raw(count: int, *words: int) -> np.ndarray:
     return np.random.Philox(np.random.SeedSequence(words)).random_raw(count)
 
 
-def _permutation(count: int, *words: int) -> np.ndarray:
+def permutation(count: int, *words: int) -> np.ndarray:
     """A permutation of range(count), a pure function of the words (not Generator.permutation, which numpy may change)."""
     return np.argsort(_raw(count, *words), kind="stable").astype(np.int32)
 
@@ -143,7 +143,7 @@ class Plan:
         return -(-self._slot_length // -(-self._slot_length // self.block))
 
     def _order(self, epoch: int) -> np.ndarray:
-        return _permutation(len(self.counts), self.seed, _SHARD_ORDER, epoch)
+        return permutation(len(self.counts), self.seed, _SHARD_ORDER, epoch)
 
     def _sequence(self, epoch: int) -> tuple[np.ndarray, np.ndarray, int]:
         """The epoch's shards one after another: where each ends, what to add to a place in it to get its row, the rotation."""
@@ -184,7 +184,7 @@ class Plan:
         key = (epoch, slot, block)
         found = self._blocks.get(key)
         if found is None:
-            found = self._blocks[key] = _permutation(length, self.seed, _BLOCK, epoch, slot, block)
+            found = self._blocks[key] = permutation(length, self.seed, _BLOCK, epoch, slot, block)
             if len(self._blocks) > 2 * self.slots:
                 self._blocks.popitem(last=False)
         return found

@@ -281,7 +281,7 @@ class Reader:
     def read(self, row: int) -> Sample:
         """One sample; raises RecordError for a bad record and ShardError for a shard that is gone or has changed."""
         shard, row_in_shard = self.index.locate(row)
-        descriptor = self._open(shard)
+        descriptor = self.descriptor(shard)
         members = {}
         for field, (offset, size) in zip(self.index.fields, self.index.table[row].tolist(), strict=True):
             if size >= 0:
@@ -299,7 +299,8 @@ class Reader:
         while self._descriptors:
             os.close(self._descriptors.popitem()[1])
 
-    def _open(self, shard: int) -> int:
+    def descriptor(self, shard: int) -> int:
+        """A shard opened for reading in place; the reader keeps it and closes it."""
         descriptor = self._descriptors.get(shard)
         if descriptor is None:
             descriptor = self._open_remote(shard) if self._cache is not None else self._open_local(shard)

@@ -28,6 +28,7 @@ from webdataset import TarWriter
 
 from vicreg_mm.input.decode import BadImage, decode
 from vicreg_mm.input.listing import Item, Listing
+from vicreg_mm.input.record_keys import number_key
 from vicreg_mm.input.shards import ShardIndex, write_index
 
 PARTIAL = ".partial"  # what is not finished yet, and one report per finished shard; removed at the end
@@ -208,7 +209,7 @@ def _checked(root: Path, items: list[tuple[int, Item]], bad: list[tuple[str, str
         except (BadImage, OSError) as error:
             bad.append((item.name, (str(error) or type(error).__name__).splitlines()[0]))
             continue
-        sample = {"__key__": _key(number, item.name), field: data}
+        sample = {"__key__": number_key(number, item.name), field: data}
         if item.label is not None:
             sample["cls"] = str(item.label).encode()
         if item.captions:
@@ -232,12 +233,6 @@ def _field(data: bytes) -> str:
         if data.startswith(signature) and (field != "webp" or data[8:12] == b"WEBP"):
             return field
     raise BadImage("neither JPEG, PNG nor WebP")
-
-
-def _key(number: int, name: str) -> str:
-    """A unique key that still names the file: its number in the listing, and as much of its stem as is safe in a webdataset key."""
-    stem = "".join(c if c.isascii() and (c.isalnum() or c in "-_") else "_" for c in Path(name).stem)
-    return f"{number:08d}-{stem[:60]}"
 
 
 def _write_json(file: Path, value: Any) -> None:
