@@ -132,6 +132,15 @@ def broadcast_object(value: Any) -> Any:
     return box[0]
 
 
+def gather_objects(value: Any) -> list[Any] | None:
+    """Every rank's `value`, in rank order, on rank 0; None on the others."""
+    if world_size() == 1:
+        return [value]
+    box = [None] * world_size() if is_main() else None
+    dist.gather_object(value, box, dst=0)
+    return box
+
+
 def is_main_environment() -> bool:
     """Whether the launcher made this process rank 0, or there is none; true before `start`, too."""
     return os.environ.get("RANK", "0") == "0"

@@ -1,0 +1,87 @@
+"""What a detector is shown: an image with its boxes and masks, resized, cropped and flipped together by torchvision's v2 transforms.
+
+Images are resized bilinearly with antialiasing, as PIL does and detectron2 with it; masks take the nearest pixel.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.ops import masks_to_boxes
+from torchvision.transforms import v2
+
+Target = dict[str, Any]
+
+
+def shortest_size(sizes: Sequence[int], max_size: int, flip: float = 0.5) -> v2.Transform:
+    """The short side at one of `sizes` pixels, drawn evenly, unless the long side would pass `max_size`; mirrored with probability `flip`.
+
+    Source: detectron2's standard augmentation, 640 to 800 in steps of 32 with at most 1333.
+    """
+    resize = v2.RandomShortestSize(list(sizes), max_size, antialias=True)
+    return v2.Compose([resize, v2.RandomHorizontalFlip(flip), v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes()])
+
+
+def scale_jitter(side: int, scale: tuple[float, float] = (0.1, 2.0), flip: float = 0.5) -> v2.Transform:
+    """Large-scale jitter: the image fitted into side x side pixels, times a factor from `scale`, of which a window of at most side x side
+    is cut out; mirrored with probability `flip`. Boxes are those of what is left of the masks, if there are masks.
+
+    Smaller images are not padded here: the detector lays a batch together, padded below and to the right.
+    Source: arXiv:2012.07177; ViTDet (arXiv:2203.16527) has side 1024 and 0.1 to 2.
+    """
+    resize = v2.ScaleJitter((side, side), scale, antialias=True)
+    last = [v2.ClampBoundingBoxes(), BoxesOfMasks(), v2.SanitizeBoundingBoxes()]
+    return v2.Compose([resize, Window(side), v2.RandomHorizontalFlip(flip), *last])
+
+
+def fixed_size(size: int, max_size: int) -> v2.Transform:
+    """The short side at `size` pixels, unless the long side would pass `max_size`: for evaluation. Targets stay as they are."""
+    return v2.Resize(size, max_size=max_size, antialias=True)
+
+
+def augment(transform: v2.Transform, image: np.ndarray, target: Target, key: tuple[int, int, int]) -> tuple[Tensor, Target]:
+    """An image uint8 [H, W, 3] and its target, transformed: uint8 [3, h, w] and plain tensors. key: (seed, epoch, row), on which alone
+    the draws depend."""
+    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
+    with torch.random.fork_rng(devices=[]):
+        # of the CPU alone: torch.manual_seed would reach for every GPU from a loader's process
+        torch.default_generator.manual_seed(seed)
+        pixels, target = transform(tv_tensors.Image(torch.from_numpy(image).permute(2, 0, 1)), target)
+    plain = {name: value.as_subclass(Tensor) for name, value in target.items()}
+    return pixels.as_subclass(Tensor).contiguous(), plain
+
+
+class Window(v2.Transform):
+    """A window of at most side x side pixels at a random place."""
+
+    def __init__(self, side: int):
+        super().__init__()
+        self.side = side
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        height, width = v2.functional.get_size(flat_inputs[0])
+        tall, wide = min(self.side, height), min(self.side, width)
+        top, left = (int(torch.randint(rest + 1, ())) for rest in (height - tall, width - wide))
+        return {"top": top, "left": left, "height": tall, "width": wide}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        return self._call_kernel(v2.functional.crop, inpt, **params)
+
+
+class BoxesOfMasks(v2.Transform):
+    """Every instance's box becomes that of its mask, without area where nothing of it is left; without masks boxes stay as they are."""
+
+    def forward(self, *inputs: Any) -> Any:
+        image, target = inputs
+        if "masks" not in target:
+            return image, target
+        masks, boxes = target["masks"], target["boxes"]
+        seen = masks.flatten(1).bool().any(1).as_subclass(Tensor)
+        tight = torch.zeros_like(boxes.as_subclass(Tensor))
+        tight[seen] = masks_to_boxes(masks[seen].as_subclass(Tensor)).to(tight) + tight.new_tensor(
+            [0, 0, 1, 1]
+        )  # last pixel -> its far edge
+        return image, {**target, "boxes": tv_tensors.wrap(tight, like=boxes)}

@@ -1,0 +1,185 @@
+"""A detection set in memory: images by row, their boxes, labels and masks, in flat arrays that loader processes share.
+
+Labels are 1..K, 0 being the background as torchvision's detectors have it; `category_ids` leads back to the set's own numbers.
+Masks stay as the annotation has them, polygons or run lengths, and are drawn when they are asked for.
+"""
+
+import os
+import pickle
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pycocotools import mask as run_lengths
+from torchvision import tv_tensors
+
+from vicreg_mm.input.decode import BadImage, decode
+
+Rle = dict[str, Any]  # {"size": [height, width], "counts": bytes}
+
+
+@dataclass(frozen=True)
+class InstanceSet:
+    """N images with A instances, those of image n at first[n] to first[n + 1].
+
+    files: the images' paths below `folder`; ids: int64 [N], their numbers in the source; sizes: int32 [N, 2], height and width.
+    boxes: float64 [A, 4], x, y, width, height as the source has them; labels: int64 [A], 1..K; areas: float64 [A], by which evaluation
+    tells small from large; ignored: bool [A], crowds and difficult objects, which evaluation neither asks for nor counts as false.
+    train_ignored: whether they are trained on nevertheless. masks: None where the source has none or nobody asked.
+    left_out: how many images and instances could not be used, by reason, and the first of them. fingerprint: hash of the annotations.
+    """
+
+    source: str
+    folder: Path
+    files: tuple[str, ...]
+    ids: np.ndarray
+    sizes: np.ndarray
+    first: np.ndarray
+    boxes: np.ndarray
+    labels: np.ndarray
+    areas: np.ndarray
+    ignored: np.ndarray
+    train_ignored: bool
+    masks: "InstanceMasks | None"
+    classes: tuple[str, ...]
+    category_ids: tuple[int, ...]
+    fingerprint: str
+    left_out: Mapping[str, tuple[int, str]] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    @property
+    def trained(self) -> np.ndarray:
+        """bool [A]: the instances that are trained on."""
+        return np.ones_like(self.ignored) if self.train_ignored else ~self.ignored
+
+    def training_rows(self) -> np.ndarray:
+        """int64: the rows of images with something to train on. Raises ValueError where there is none."""
+        counts = np.diff(np.concatenate([[0], np.cumsum(self.trained)])[self.first])
+        rows = np.flatnonzero(counts)
+        if not len(rows):
+            raise ValueError(f"{self.source} has no image with an instance to train on; {self.report()}")
+        return rows
+
+    def image(self, row: int) -> np.ndarray:
+        """The image as uint8 [H, W, 3]. Raises BadImage, with its path, if it is none or not of the size that the annotation tells."""
+        path = self.folder / self.files[row]
+        try:
+            image = decode(path.read_bytes())
+        except OSError as error:
+            raise BadImage(f"{path}: {error.strerror}") from error
+        except BadImage as error:
+            raise BadImage(f"{path}: {error}") from error
+        height, width = self.sizes[row]
+        if image.shape[:2] != (height, width):
+            raise BadImage(f"{path}: {image.shape[1]} x {image.shape[0]} pixels, but {width} x {height} in {self.source}")
+        return image
+
+    def target(self, row: int, *, training: bool = True) -> dict[str, Any]:
+        """What is to be found in an image: boxes [n, 4] in xyxy, labels [n], with `masks` masks [n, H, W].
+
+        training: only what is trained on; else all, with `ignored` [n].
+        """
+        part = np.arange(self.first[row], self.first[row + 1])
+        if training:
+            part = part[self.trained[part]]
+        height, width = map(int, self.sizes[row])
+        corners = torch.from_numpy(to_corners(self.boxes[part])).float()
+        target: dict[str, Any] = {
+            "boxes": tv_tensors.BoundingBoxes(corners, format="XYXY", canvas_size=(height, width)),  # type: ignore[call-overload]
+            "labels": torch.from_numpy(self.labels[part]),
+        }
+        if not training:
+            target["ignored"] = torch.from_numpy(self.ignored[part])
+        if self.masks is not None:
+            drawn = [run_lengths.decode(self.masks.rle(n, height, width)) for n in part]
+            stacked = np.stack(drawn) if drawn else np.zeros((0, height, width), np.uint8)
+            target["masks"] = tv_tensors.Mask(torch.from_numpy(stacked))
+        return target
+
+    def coco_dataset(self, rows: Iterable[int]) -> dict[str, Any]:
+        """These rows as a COCO file has them, masks as run lengths, crowds and difficult objects with iscrowd 1; image id: the row."""
+        images, annotations = [], []
+        for row in rows:
+            height, width = map(int, self.sizes[row])
+            images.append({"id": int(row), "height": height, "width": width})
+            for n in range(self.first[row], self.first[row + 1]):
+                annotation = {
+                    "id": n + 1, "image_id": int(row), "category_id": int(self.labels[n]), "bbox": self.boxes[n].tolist(),
+                    "area": float(self.areas[n]), "iscrowd": int(self.ignored[n]),
+                }  # fmt: skip
+                if self.masks is not None:
+                    annotation["segmentation"] = self.masks.rle(n, height, width)
+                annotations.append(annotation)
+        categories = [{"id": label, "name": name} for label, name in enumerate(self.classes, 1)]
+        return {"images": images, "annotations": annotations, "categories": categories}
+
+    def report(self) -> str:
+        """One line: how much there is, and what was left out."""
+        ignored = f"{int(self.ignored.sum()):,} of them ignored by evaluation"
+        what = f"{len(self):,} images, {len(self.labels):,} instances ({ignored}), {len(self.classes)} classes"
+        left = "; ".join(f"{count:,} {reason} (first: {example})" for reason, (count, example) in self.left_out.items())
+        return f"{self.source}: {what}" + (f"; left out: {left}" if left else "")
+
+
+class InstanceMasks:
+    """Annotated masks of many instances, in two arrays rather than millions of Python objects."""
+
+    def __init__(self, segmentations: Sequence[Any]):
+        parts = [pickle.dumps(s) for s in segmentations]
+        self._ends = np.cumsum([0, *map(len, parts)])
+        self._data = np.frombuffer(b"".join(parts), np.uint8)
+
+    def rle(self, instance: int, height: int, width: int) -> Rle:
+        """The mask as compressed run lengths."""
+        data = self._data[self._ends[instance] : self._ends[instance + 1]]
+        return to_rle(pickle.loads(data.tobytes()), height, width)
+
+
+def to_rle(segmentation: Any, height: int, width: int) -> Rle:
+    """Polygons, plain run lengths or compressed ones -> compressed run lengths.
+
+    Polygons are filled as COCO's own code does; those with fewer than 3 points are no areas (COCO's code would read two as a box).
+    """
+    if isinstance(segmentation, list):
+        return run_lengths.merge(run_lengths.frPyObjects([polygon for polygon in segmentation if len(polygon) >= 6], height, width))
+    counts = segmentation["counts"]
+    if isinstance(counts, list):
+        return run_lengths.frPyObjects(segmentation, height, width)
+    return {"size": [height, width], "counts": counts.encode() if isinstance(counts, str) else counts}
+
+
+def to_corners(boxes: np.ndarray) -> np.ndarray:
+    """x, y, width, height [n, 4] -> x0, y0, x1, y1."""
+    return np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
+
+
+def from_corners(boxes: np.ndarray) -> np.ndarray:
+    """x0, y0, x1, y1 [n, 4] -> x, y, width, height."""
+    return np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
+
+
+def files_in(folder: Path, names: Iterable[str]) -> set[str]:
+    """Those of the names that are files below the folder; every folder is listed once."""
+    found: set[str] = set()
+    for inner in {os.path.dirname(name) for name in names}:
+        try:
+            found.update(os.path.join(inner, entry.name) for entry in os.scandir(folder / inner))
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+    return found.intersection(names)
+
+
+class Tally:
+    """What was left out, by reason, with the first case of each."""
+
+    def __init__(self) -> None:
+        self.cases: dict[str, tuple[int, str]] = {}
+
+    def add(self, reason: str, example: Any) -> None:
+        count, first = self.cases.get(reason, (0, str(example)))
+        self.cases[reason] = (count + 1, first)
