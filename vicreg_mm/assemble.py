@@ -1,7 +1,6 @@
 """The parts of a run out of its configuration: objective, tokenizer, model and data."""
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ import torch
 
 from vicreg_mm import distributed
 from vicreg_mm.config import ConfigError, RunConfig, is_given
+from vicreg_mm.input.batches import TrainingData
 
 
 def build_objective(config: RunConfig, image_features: int, warmup_share: float = 0.0) -> Any:
@@ -117,14 +117,10 @@ def recompute_activations(model: Any) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class Data:
-    """The training data of a run: what it offers, how long an epoch is, and its batches from any step on."""
+class Data(TrainingData):
+    """The training data of a run, and the sizes of the views that it offers."""
 
     view_sizes: dict[str, int]
-    num_samples: int
-    steps_per_epoch: int
-    fingerprint: dict[str, Any]
-    batches: Callable[[int], Any]
 
 
 def open_data(config: RunConfig, needs: Any = None, tokenizer: Any = None) -> Data:
@@ -159,9 +155,8 @@ def open_data(config: RunConfig, needs: Any = None, tokenizer: Any = None) -> Da
             world_size=world,
             workers=config.input.workers,
         )
-        samples = steps * config.batch
-        return Data(view_sizes, samples, steps, {"resampled": config.input.shards},
-                    lambda step: stream.batches(Position(*divmod(step, steps)), epochs=10**9))  # fmt: skip
+        return Data(steps * config.batch, steps, {"resampled": config.input.shards},
+                    lambda step: stream.batches(Position(*divmod(step, steps)), epochs=10**9), view_sizes)  # fmt: skip
     index = ShardIndex.open(shard_folder(config.input.shards), cache_dir=config.input.cache or None)
     if config.input.cache and not index.remote:
         raise ConfigError(f"input.cache {config.input.cache} has no effect: the shards are local files; leave it out")
@@ -172,5 +167,4 @@ def open_data(config: RunConfig, needs: Any = None, tokenizer: Any = None) -> Da
         cache_dir=config.input.cache or None, cache_bytes=int(config.input.cache_gib * 2**30),
     )  # fmt: skip
     fingerprint = {"num_samples": plan.num_samples, "num_shards": len(index.counts), "edition": index.edition, "slots": slots}
-    return Data(view_sizes, plan.num_samples, plan.steps_per_epoch, fingerprint,
-                lambda step: loader.batches(Position(*divmod(step, plan.steps_per_epoch)), epochs=10**9))  # fmt: skip
+    return Data(**vars(loader.training_data(fingerprint)), view_sizes=view_sizes)

@@ -24,10 +24,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from vicreg_mm import config as configs
-from vicreg_mm import distributed, engine_state, state_dicts
+from vicreg_mm import distributed, engine_state, state_dicts, training_config
 from vicreg_mm.input.tokenizers import Tokenizer, deserialize
 from vicreg_mm.tensor_file import write_tensors
+from vicreg_mm.training_config import ConfigError, TrainingConfig
 
 STATE = ("step", "milestone", "data", "loss_scale", "journal")
 """What state.json must hold; the configuration, the position and the number of ranks are there for the reader."""
@@ -223,7 +223,7 @@ def load_heads(module: nn.Module, run: Path) -> str:
 # Run directories --------------------------------------------------------------------------------------------------------
 
 
-def open_run(config: configs.RunConfig, root: Path = Path("runs")) -> tuple[Path, Path | None]:
+def open_run(config: TrainingConfig, root: Path = Path("runs")) -> tuple[Path, Path | None]:
     """The run directory, made if it is new, and the checkpoint to go on from (None: from the start).
 
     Rank 0 decides. Raises CheckpointError if a named directory holds another run, if there is nothing to resume, or if the resumed
@@ -233,7 +233,7 @@ def open_run(config: configs.RunConfig, root: Path = Path("runs")) -> tuple[Path
     if distributed.is_main():
         try:
             outcome = _resume(config, root) if config.resume else (_new_run(config, root), None)
-        except (CheckpointError, configs.ConfigError, OSError) as error:
+        except (CheckpointError, ConfigError, OSError) as error:
             outcome = error
     outcome = distributed.broadcast_object(outcome)
     if isinstance(outcome, Exception):
@@ -242,7 +242,7 @@ def open_run(config: configs.RunConfig, root: Path = Path("runs")) -> tuple[Path
     return outcome
 
 
-def _new_run(config: configs.RunConfig, root: Path) -> Path:
+def _new_run(config: TrainingConfig, root: Path) -> Path:
     if config.run:
         run = Path(config.run)
         if run.exists() and any(run.iterdir()):
@@ -256,11 +256,11 @@ def _new_run(config: configs.RunConfig, root: Path) -> Path:
         ]
         run = root / f"{config.name}-{max(numbers, default=0) + 1:03d}"
         run.mkdir(parents=True)
-    configs.save(config, run / "config.json")
+    training_config.save(config, run / "config.json")
     return run
 
 
-def _resume(config: configs.RunConfig, root: Path) -> tuple[Path, Path | None]:
+def _resume(config: TrainingConfig, root: Path) -> tuple[Path, Path | None]:
     if config.run:
         run = Path(config.run)
     else:
@@ -270,7 +270,7 @@ def _resume(config: configs.RunConfig, root: Path) -> tuple[Path, Path | None]:
         run = max(runs, key=lambda path: int(path.name.rpartition("-")[2]))
     if not (run / "config.json").exists():
         raise CheckpointError(f"nothing to resume: {run} holds no run (no config.json)")
-    different = configs.differences(configs.load(run / "config.json"), config)
+    different = training_config.differences(training_config.read(type(config), run / "config.json"), config)
     if different:
         raise CheckpointError(f"{run} was started with another configuration: " + "; ".join(different))
     checkpoints = existing(run)

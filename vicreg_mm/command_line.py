@@ -12,9 +12,10 @@ from typing import Any, TypeVar
 
 from vicreg_mm.config import BUILTIN_DIGITS, ConfigError, EvaluationConfig, MonitorConfig, RunConfig, check
 from vicreg_mm.evaluation_config import EvaluationProgram
+from vicreg_mm.task_config import TaskConfig
 
-Program = TypeVar("Program", bound=EvaluationProgram)
-Config = TypeVar("Config", bound=RunConfig | EvaluationProgram)
+Program = TypeVar("Program", bound=EvaluationProgram | TaskConfig)
+Config = TypeVar("Config", bound=RunConfig | EvaluationProgram | TaskConfig)
 _RULE = "─╰╯-"
 
 
@@ -80,14 +81,14 @@ def parse(recipe: RunConfig, arguments: list[str]) -> RunConfig:
 
 
 def parse_program(recipe: Program, arguments: list[str]) -> Program:
-    """`parse` for a program of evaluation: the smoke profile where neither encoder nor data are named.
+    """`parse` for a program of evaluation or a task: the smoke profile where neither encoder nor data are named.
 
     Raises ConfigError for the same, and where only one of the two is named.
     """
     config, _ = _override(recipe, arguments)
     needed = ("encoder", *recipe.sets)
     if config.smoke or not any(getattr(config, name) for name in needed):
-        config, _ = _override(recipe.miniature(), arguments)
+        config, _ = _override(recipe.miniature(), arguments)  # type: ignore[arg-type] # mypy loses the Self of a union
         needed = recipe.sets
     for name in needed:
         if not getattr(config, name):

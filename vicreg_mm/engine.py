@@ -19,9 +19,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from vicreg_mm import checkpoint, distributed, monitor
-from vicreg_mm import config as configs
-from vicreg_mm.config import ConfigError, RunConfig
 from vicreg_mm.optim import Schedule, set_rates
+from vicreg_mm.training_config import ConfigError, TrainingConfig, to_dict
 
 _MAXRSS_PER_GIB = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, kibibytes elsewhere
 
@@ -43,9 +42,10 @@ class Training:
 
     fingerprint: what identifies the data. gauges: name -> formula on the gathered features of a view. journal: what the loop had
     summed and said before the checkpoint that it goes on from. files: what every checkpoint holds besides, contents by name.
+    probe_every: epochs between two measurements by the probes; 0: none. max_bad_share: of the records tried; more stop the run.
     """
 
-    config: RunConfig
+    config: TrainingConfig
     run: Path
     schedule: Schedule
     steps_per_epoch: int
@@ -56,10 +56,12 @@ class Training:
     journal: Mapping[str, Any] = field(default_factory=dict)
     files: Mapping[str, bytes] = field(default_factory=dict)
     probes: Sequence[Probe] = ()
+    probe_every: float = 0.0
+    max_bad_share: float = 0.01
 
     def probes_at(self, step: int) -> bool:
         """Whether the probes measure the model after `step` steps."""
-        every = self.config.evaluation.every_epochs
+        every = self.probe_every
         return bool(self.probes) and every > 0 and step % max(1, round(every * self.steps_per_epoch)) == 0
 
     def logs_at(self, step: int) -> bool:
@@ -251,7 +253,7 @@ class _Loop:
             "position": {"epoch": epochs, "step": rest},
             "milestone": bool(every and not rest and epochs % every == 0),
             "data": t.fingerprint,
-            "config": configs.to_dict(t.config),
+            "config": to_dict(t.config),
             "world_size": distributed.world_size(),
             "loss_scale": _loss_scale(self.engine),
             "journal": {**self.means.state(), **self._bad_totals(), "advised": sorted(self.advised)},
@@ -298,7 +300,7 @@ class _Loop:
             self.say(f"{bad - self.bad_said} bad records left out ({bad} so far), listed in {self.bad_records.path}")
             self.bad_said = bad
         share = bad / max(1, attempted)
-        limit = self.t.config.input.max_bad_share
+        limit = self.t.max_bad_share
         if share > limit and bad > 1:
             raise TooManyBadRecords(
                 f"{bad} of {attempted} records could not be used ({share:.1%}, --input.max_bad_share is {limit:.1%}); "
@@ -319,8 +321,8 @@ class _Loop:
         self.bar.set_postfix(shown, refresh=False)
 
     def _advise(self, metrics: Mapping[str, Any]) -> None:
-        if self.t.step < self.t.schedule.warmup:
-            return  # random weights are no finding
+        if self.t.step < self.t.schedule.warmup or not any(name.startswith("stats/") for name in metrics):
+            return  # random weights are no finding, and a run without statistics of embeddings has none to judge
         features = self.latest.get("features")
         width = features.shape[1] if features is not None else self.t.config.batch
         for kind, words in monitor.advice(metrics, self.t.gamma, self.t.config.batch, width).items():

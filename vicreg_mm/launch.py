@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from vicreg_mm import config as configs
 from vicreg_mm import distributed
-from vicreg_mm.config import ConfigError, RunConfig
 from vicreg_mm.optim import build_optimizer, parameter_groups
 from vicreg_mm.registry import unknown_name
+from vicreg_mm.training_config import ConfigError, TrainingConfig, check_training
 
 MERGED = (
     "zero_optimization", "aio", "flops_profiler", "comms_logger", "tensorboard", "wandb", "csv_monitor", "comet", "timers", "log_level",
@@ -34,7 +33,7 @@ OURS = {
 """Sections that this engine sets itself, and the option to use instead."""
 
 
-def deepspeed_settings(config: RunConfig, world_size: int, device: torch.device) -> dict[str, Any]:
+def deepspeed_settings(config: TrainingConfig, world_size: int, device: torch.device) -> dict[str, Any]:
     """The complete DeepSpeed configuration of a run: ours, with the user's file merged over it.
 
     Raises ConfigError for fp16 without a GPU, for keys that DeepSpeed would ignore, for settings that change the objective (gradient
@@ -62,7 +61,7 @@ def deepspeed_settings(config: RunConfig, world_size: int, device: torch.device)
         settings = _merge(settings, _read_user_file(Path(config.deepspeed_config), settings))
     stage = settings["zero_optimization"]["stage"]
     if stage != config.engine.zero_stage:  # decided by the file: the rules of our own option hold for it too
-        configs.check(replace(config, engine=replace(config.engine, zero_stage=stage)))
+        check_training(replace(config, engine=replace(config.engine, zero_stage=stage)))
     return settings
 
 
@@ -116,7 +115,7 @@ def _merge(ours: dict[str, Any], user: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def launch(module: nn.Module, config: RunConfig, device: torch.device) -> Any:
+def launch(module: nn.Module, config: TrainingConfig, device: torch.device) -> Any:
     """Wrap a module in a DeepSpeed engine. Everything that has parameters must be inside the module: DeepSpeed neither reduces nor
     partitions what is outside."""
     settings = deepspeed_settings(config, distributed.world_size(), device)

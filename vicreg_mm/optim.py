@@ -3,32 +3,35 @@
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from vicreg_mm.config import OptimConfig
 from vicreg_mm.encoders import TextEncoder, VisionEncoder
+from vicreg_mm.training_config import ConfigError, OptimConfig, TrainingConfig
 
 
 def parameter_groups(module: nn.Module, config: OptimConfig) -> list[dict]:
     """Groups of parameters that share `lr_scale` and `decay_scale`, by which `set_rates` multiplies the rate and the weight decay.
 
     decay_scale: 1 for parameters with at least two dimensions, 0 for biases, norms, LayerScale and other 1-d and 0-d ones.
-    lr_scale: in the encoders of images and of texts, layer_decay^k for a parameter with k layers of its encoder after it, its own
-    included; times patch_lr_scale in the patch embedding; 1 elsewhere. A frozen parameter is in no group.
+    lr_scale: in the encoders of images and of texts, encoder_lr_scale times layer_decay^k for a parameter with k layers of its encoder
+    after it, its own included; times patch_lr_scale in the patch embedding; 1 elsewhere. A frozen parameter is in no group.
     Source: BEiT (arXiv:2106.08254), with timm's grouping of layers; the factor of the patch embedding is DINOv2's (arXiv:2304.07193).
     Raises ValueError for a patch_lr_scale where an encoder has no patch embedding, a layer_decay where its layers are not known, and for
-    one where every encoder is frozen.
+    one of these, or an encoder_lr_scale, where every encoder is frozen.
     """
     scales: dict[str, float] = {}
     encoders = {prefix: part for prefix, part in module.named_modules() if isinstance(part, VisionEncoder | TextEncoder)}
     learning = {prefix: encoder for prefix, encoder in encoders.items() if any(p.requires_grad for p in encoder.parameters())}
-    if config.layer_decay != 1.0 and encoders and not learning:
-        raise ValueError(f"optim.layer_decay {config.layer_decay} has no effect: every encoder is frozen; give 1")
+    for name in ("layer_decay", "encoder_lr_scale"):
+        if getattr(config, name) != 1.0 and encoders and not learning:
+            raise ValueError(f"optim.{name} {getattr(config, name)} has no effect: every encoder is frozen; give 1")
     for prefix, encoder in learning.items():
         own = _encoder_scales(encoder, config.layer_decay, config.patch_lr_scale)
-        scales |= {f"{prefix}.net.{name}".lstrip("."): scale for name, scale in own.items()}
+        for name, _ in encoder.net.named_parameters():
+            scales[f"{prefix}.net.{name}".lstrip(".")] = config.encoder_lr_scale * own.get(name, 1.0)
     groups: dict[tuple[float, float], dict] = {}
     for name, p in module.named_parameters():
         if p.requires_grad:
@@ -105,12 +108,15 @@ class LARS(torch.optim.Optimizer):
 
 @dataclass(frozen=True)
 class Schedule:
-    """Learning rate per step: linear warm-up, then a cosine. Weight decay per step: one cosine.
+    """Learning rate per step: linear warm-up, then a fall. Weight decay per step: one cosine.
 
-    Step s < w: peak (s + 1) / w. After it: final + (peak - final) (1 + cos(pi (s - w) / (total - w))) / 2.
+    Step s < w: peak (start + (1 - start) (s + 1) / w). After it, with t = (s - w) / (total - w) and final = peak * final_ratio:
+    cosine: final + (peak - final) (1 + cos(pi t)) / 2
+    poly: final + (peak - final) (1 - t)^power
+    steps: peak * factor^k, where k of the `drops`, as steps, are at most s
     Weight decay: end + (start - end) (1 + cos(pi s / total)) / 2, from step 0 on.
-    total, w = `warmup`: in optimizer steps. final = peak * `final_ratio`. decay: (start, end).
-    Source of the rising weight decay: DINO (arXiv:2104.14294).
+    total, w = `warmup`: in optimizer steps. drops: shares of `total`. decay: (start, end).
+    Source of the rising weight decay: DINO (arXiv:2104.14294); of poly: DeepLab (arXiv:1606.00915), section 3.
     """
 
     peak: float
@@ -118,16 +124,43 @@ class Schedule:
     warmup: int = 0
     final_ratio: float = 0.0
     decay: tuple[float, float] = (0.0, 0.0)
+    shape: Literal["cosine", "steps", "poly"] = "cosine"
+    drops: tuple[float, ...] = ()
+    factor: float = 0.1
+    power: float = 1.0
+    start: float = 0.0
 
     def lr(self, step: int) -> float:
         """The learning rate of step 0, 1, ..., total - 1."""
         if step < self.warmup:
-            return self.peak * (step + 1) / self.warmup
-        return _cosine(self.peak, self.peak * self.final_ratio, (step - self.warmup) / max(1, self.total - self.warmup))
+            return self.peak * (self.start + (1 - self.start) * (step + 1) / self.warmup)
+        if self.shape == "steps":
+            return self.peak * self.factor ** sum(step >= round(drop * self.total) for drop in self.drops)
+        progress, final = (step - self.warmup) / max(1, self.total - self.warmup), self.peak * self.final_ratio
+        if self.shape == "poly":
+            return final + (self.peak - final) * max(0.0, 1.0 - progress) ** self.power
+        return _cosine(self.peak, final, progress)
 
     def weight_decay(self, step: int) -> float:
         """The weight decay of step 0, 1, ..., total - 1."""
         return _cosine(*self.decay, step / self.total)
+
+
+def schedule_of(config: TrainingConfig, steps_per_epoch: int) -> Schedule:
+    """The schedule that a configuration describes; raises ConfigError for a warm-up that is not shorter than the run."""
+    o = config.optim
+    schedule = Schedule(
+        config.peak_lr,
+        total=config.steps or config.epochs * steps_per_epoch,
+        warmup=o.warmup_steps or round(o.warmup_epochs * steps_per_epoch),
+        final_ratio=o.final_lr_ratio,
+        decay=(o.weight_decay, o.weight_decay if o.final_weight_decay is None else o.final_weight_decay),
+        shape=o.schedule, drops=o.drops, factor=o.drop_factor, power=o.poly_power, start=o.warmup_start,
+    )  # fmt: skip
+    if schedule.warmup >= schedule.total:
+        which = "warmup_steps" if o.warmup_steps else "warmup_epochs"
+        raise ConfigError(f"the warm-up of {schedule.warmup} steps is not shorter than the run of {schedule.total}; lower --optim.{which}")
+    return schedule
 
 
 def _cosine(start: float, end: float, progress: float) -> float:

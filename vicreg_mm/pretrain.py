@@ -1,7 +1,6 @@
 """`main(config)`, what every pretraining recipe calls: assemble the parts of a run, train, export the encoder, print the table."""
 
 import dataclasses
-import itertools
 import json
 import sys
 import time
@@ -15,7 +14,6 @@ from vicreg_mm import distributed
 from vicreg_mm.assemble import build_model, needs_of, open_data, open_tokenizer, recompute_activations, start_from_weights
 from vicreg_mm.command_line import boxed, parse
 from vicreg_mm.config import ConfigError, RunConfig
-from vicreg_mm.optim import Schedule
 
 RESULTS = "evaluation.json"
 IMAGE_TEXT_RESULTS = "image_text.json"
@@ -60,17 +58,18 @@ def pretrain(config: RunConfig, device: torch.device, loaders: tuple[Any, Any] |
     """
     from vicreg_mm import checkpoint, encoder_file, engine, gauges
     from vicreg_mm.batchnorm import convert_sync_batchnorm
-    from vicreg_mm.launch import deepspeed_settings, launch
-    from vicreg_mm.optim import parameter_groups
+    from vicreg_mm.launch import deepspeed_settings
+    from vicreg_mm.optim import schedule_of
+    from vicreg_mm.training_run import begun, last_checkpoint, wrap
 
     needs, tokenizer = needs_of(config), None
     if needs.texts:
         tokenizer = open_tokenizer(config)
     data = open_data(config, needs, tokenizer)
-    run, resumed, state = _last_checkpoint(config, data, tokenizer)
-    # The loader's processes are forked by the first batch: before there is a model, whose every weight they would keep as it was then.
-    batches = data.batches(state["step"])
-    batches = itertools.chain([next(batches)], batches)
+    run, resumed, state = last_checkpoint(config, data.fingerprint, "--input.shards")
+    if tokenizer is not None and resumed is not None:
+        _check_tokenizer(tokenizer, resumed)
+    batches = begun(data, state["step"])
     weights, told = None, []
     if run is not None:
         config = as_begun(config, run)
@@ -88,22 +87,15 @@ def pretrain(config: RunConfig, device: torch.device, loaders: tuple[Any, Any] |
         model = convert_sync_batchnorm(model, device)
     if config.engine.activation_checkpointing:
         recompute_activations(model)
-    # a wrong setting must not leave a run directory behind
-    parameter_groups(model, config.optim)
     settings = deepspeed_settings(config, distributed.world_size(), device)
     model.check_zero_stage(settings["zero_optimization"]["stage"])
-    if run is None:
-        run, _ = checkpoint.open_run(config)
-    if resumed is not None:
-        checkpoint.load_model(model, resumed)
-    wrapped = launch(model, config, device)
-    if resumed is not None:
-        engine.restore(wrapped, resumed)
+    run, wrapped = wrap(model, config, device, run, resumed)
     training = engine.Training(
         config, run, schedule, data.steps_per_epoch, state["step"], gamma=getattr(model.objective, "gamma", 1.0),
         fingerprint=data.fingerprint, gauges={"stats/rank": gauges.rankme}, journal=state["journal"],
         files={} if tokenizer is None else {checkpoint.TOKENIZER: tokenizer.serialize()},
-        probes=online_probes(loaders, pairs, tokenizer, device),
+        probes=online_probes(loaders, pairs, tokenizer, device), probe_every=config.evaluation.every_epochs,
+        max_bad_share=config.input.max_bad_share,
     )  # fmt: skip
     if distributed.is_main():
         begin = f"resumed at step {training.step}" if resumed else "from the start"
@@ -119,48 +111,18 @@ def pretrain(config: RunConfig, device: torch.device, loaders: tuple[Any, Any] |
     return run
 
 
-def _last_checkpoint(config: RunConfig, data: Any, tokenizer: Any) -> tuple[Path | None, Path | None, dict[str, Any]]:
-    """Run directory, checkpoint and its state to go on from (None, None and step 0: from the start); touches nothing.
-
-    Raises CheckpointError for a run on other data, ValueError for one with another vocabulary.
-    """
+def _check_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Raise ValueError if a checkpoint was trained with another vocabulary."""
     from vicreg_mm import checkpoint
     from vicreg_mm.input.tokenizers import check_vocabulary
 
-    run, resumed = checkpoint.open_run(config) if config.resume else (None, None)
-    if resumed is None:
-        return run, None, {"step": 0, "journal": {}}
-    state = checkpoint.read_state(resumed)
-    if state["data"] != data.fingerprint:
-        raise checkpoint.CheckpointError(
-            f"{run} was trained on other data: {state['data']} in its checkpoint, {data.fingerprint} in --input.shards"
-        )
-    if tokenizer is not None:
-        kept = checkpoint.read_tokenizer(resumed)
-        check_vocabulary(tokenizer, kept.vocab_size, kept.fingerprint)
-    return run, resumed, state
+    kept = checkpoint.read_tokenizer(folder)
+    check_vocabulary(tokenizer, kept.vocab_size, kept.fingerprint)
 
 
 def as_begun(config: RunConfig, run: Path) -> RunConfig:
     """The configuration with the encoder that a run directory holds: with the mean and std that it took from its weights."""
     return dataclasses.replace(config, encoder=configs.load(run / "config.json").encoder)
-
-
-def schedule_of(config: RunConfig, steps_per_epoch: int) -> Schedule:
-    """Learning rate and weight decay of every step; raises ConfigError for a warm-up that is not shorter than the run."""
-    decay = config.optim.weight_decay
-    schedule = Schedule(
-        config.peak_lr,
-        total=config.steps or config.epochs * steps_per_epoch,
-        warmup=round(config.optim.warmup_epochs * steps_per_epoch),
-        final_ratio=config.optim.final_lr_ratio,
-        decay=(decay, decay if config.optim.final_weight_decay is None else config.optim.final_weight_decay),
-    )
-    if schedule.warmup >= schedule.total:
-        raise ConfigError(
-            f"the warm-up of {schedule.warmup} steps is not shorter than the run of {schedule.total}; lower --optim.warmup_epochs"
-        )
-    return schedule
 
 
 def open_evaluation(config: RunConfig) -> tuple[Any, Any] | None:

@@ -16,7 +16,8 @@ from webdataset.shardlists import expand_urls
 from webdataset.tariterators import tarfile_to_samples
 
 from vicreg_mm.input.batch import Batch, Tray
-from vicreg_mm.input.loader import shapes_of, share_of, stream
+from vicreg_mm.input.batches import share_of, stream
+from vicreg_mm.input.loader import shapes_of
 from vicreg_mm.input.plan import Position
 from vicreg_mm.input.records import RecordError, parse_record
 from vicreg_mm.input.shard_cache import is_remote

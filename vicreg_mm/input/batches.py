@@ -1,0 +1,174 @@
+"""Batches of samples of any kind, made whole in one worker from their position alone: in the order of a plan, or of the set.
+
+So the number of workers changes nothing, and a run can start at any position. What a sample is, and what becomes of one that cannot be
+read, is the caller's: `make` turns row numbers into a batch.
+"""
+
+import math
+import signal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import cv2
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from vicreg_mm.input.plan import Plan, Position
+from vicreg_mm.input.shards import ShardError
+
+Make = Callable[[Sequence[int], int], Any]  # rows of the set in a batch, and the epoch -> the batch
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What a run trains on. fingerprint: what identifies it; batches: (position, batch) of every step from the one that is named on."""
+
+    num_samples: int
+    steps_per_epoch: int
+    fingerprint: dict[str, Any]
+    batches: Callable[[int], Iterator[tuple[Position, Any]]]
+
+
+def start_worker(worker: int) -> None:
+    """One core per worker; a signal that a terminal or a scheduler sends to everyone is the main process's to handle."""
+    cv2.setNumThreads(0)
+    torch.set_num_threads(1)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def stream(dataset: Dataset, sampler: Iterable | None, workers: int, prefetch: int) -> Iterator[Any]:
+    """The items of a dataset that makes whole batches, in order, ahead of need where there are workers.
+
+    A ShardError crosses from a worker as a value, since torch would bury its one line in a traceback.
+    """
+    loader = DataLoader(
+        dataset,
+        sampler=sampler,
+        batch_size=None,
+        num_workers=workers,
+        prefetch_factor=prefetch if workers else None,
+        worker_init_fn=start_worker,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # or each loader would take a number from the global one and change the run
+    )
+    batches = iter(loader)
+    try:
+        for item in batches:
+            if isinstance(item, ShardError):
+                raise item
+            yield item
+    finally:
+        # left to the garbage collector after an exception, torch waits 5 s for every worker (measured: torch 2.15)
+        if hasattr(batches, "_shutdown_workers"):
+            batches._shutdown_workers()
+
+
+def share_of(batch: int, world_size: int) -> int:
+    """A rank's records of a global batch; raises ValueError unless they are as many on every rank."""
+    if batch % world_size:
+        raise ValueError(f"batch {batch} does not divide over {world_size} ranks; choose a multiple of {world_size}")
+    return batch // world_size
+
+
+class _Planned(Dataset):
+    """Position -> this rank's part of that global batch. own: its rows there."""
+
+    def __init__(self, make: Make, plan: Plan, own: tuple[int, int]):
+        self.make, self.plan, self.own = make, plan, own
+
+    def __getitem__(self, position: Position) -> Any:
+        try:
+            return self.make(self.plan.rows(position.epoch, position.step, *self.own).tolist(), position.epoch)
+        except ShardError as error:
+            return error
+
+
+class _Positions:
+    """The positions of a run, for torch's loader, which may iterate them more than once."""
+
+    def __init__(self, plan: Plan, start: Position, epochs: int):
+        self.plan, self.start, self.epochs = plan, start, epochs
+
+    def __iter__(self) -> Iterator[Position]:
+        return self.plan.positions(self.start, self.epochs)
+
+
+class PlannedBatches:
+    """This rank's part of every planned global batch.
+
+    make: called in a worker; a pure function of the rows and the epoch, if a resumed run is to see the same. rank, world_size: the layout;
+    it decides who gets which rows of a global batch, never which rows are in it. prefetch: batches ahead per worker.
+    Raises ValueError if the ranks do not divide the batch.
+    """
+
+    def __init__(self, make: Make, plan: Plan, *, rank: int = 0, world_size: int = 1, workers: int = 0, prefetch: int = 2):
+        share = share_of(plan.batch, world_size)
+        self.plan, self.workers, self.prefetch = plan, workers, prefetch
+        self._dataset = _Planned(make, plan, (rank * share, (rank + 1) * share))
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.plan.steps_per_epoch
+
+    def batches(self, start: Position, epochs: int) -> Iterator[tuple[Position, Any]]:
+        """Position and batch of every step from `start` to the end of epoch `epochs` - 1 (the run's total, not a number to add)."""
+        positions = _Positions(self.plan, start, epochs)
+        yield from zip(positions, stream(self._dataset, positions, self.workers, self.prefetch), strict=True)
+
+    def training_data(self, fingerprint: dict[str, Any]) -> TrainingData:
+        """What a run trains on, for as long as it likes."""
+        steps = self.steps_per_epoch
+        return TrainingData(
+            self.plan.num_samples, steps, fingerprint, lambda step: self.batches(Position(*divmod(step, steps)), epochs=10**9)
+        )
+
+
+class _Ordered(Dataset):
+    def __init__(self, make: Make):
+        self.make = make
+
+    def __getitem__(self, rows: Sequence[int]) -> Any:
+        try:
+            return self.make(rows, 0)
+        except ShardError as error:
+            return error
+
+
+class OrderedBatches:
+    """The samples of a set exactly once, in order.
+
+    The rows are cut into one contiguous part per rank. Every rank takes the same number of batches (`len`), so that collectives match;
+    the last one may be smaller, or empty where the parts differ by the one sample that starts a batch. Nothing is padded.
+    make: as of `PlannedBatches`, with epoch 0. limit: only so many samples, evenly spaced over the set; 0 for all.
+    """
+
+    def __init__(
+        self,
+        make: Make,
+        num_samples: int,
+        batch: int,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        workers: int = 0,
+        prefetch: int = 2,
+        limit: int = 0,
+    ):
+        if batch < 1 or limit < 0:
+            raise ValueError(f"batch {batch} must be positive, limit {limit} at least 0")
+        self.workers, self.prefetch = workers, prefetch
+        self.num_samples = min(limit, num_samples) if limit else num_samples
+        self._dataset = _Ordered(make)
+        rows = [n * num_samples // self.num_samples for n in range(self.num_samples)] if limit else range(num_samples)
+        first, last = (self.num_samples * r // world_size for r in (rank, rank + 1))
+        largest = math.ceil(self.num_samples / world_size)
+        self._batches = [rows[first:last][n : n + batch] for n in range(0, largest, batch)]
+
+    def __len__(self) -> int:
+        """The number of batches, the same on every rank."""
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        return stream(self._dataset, self._batches, self.workers, self.prefetch)
