@@ -1,4 +1,4 @@
-"""BatchNorm over the rows of all ranks where torch's SyncBatchNorm does not run, and statistics that checkpointing leaves alone.
+"""BatchNorm over the rows of all ranks where torch's does not run, frozen BatchNorm, and statistics that checkpointing leaves alone.
 
 Forward, for each channel over the values of all ranks (a rank may have none):
 
@@ -20,11 +20,14 @@ import sys
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from vicreg_mm import distributed
+
+MODES = ("frozen", "sync", "train")
 
 
 class _Normalise(torch.autograd.Function):
@@ -110,10 +113,7 @@ class SynchronisedBatchNorm(_BatchNorm):
         y, mean, variance, count = _Normalise.apply(input, self.weight, self.bias, self.eps)
         if self.track_running_stats:
             self._track(mean, variance * (count / (count - 1)))
-        for name in ("drop", "act"):  # timm's BatchNormAct2d
-            if hasattr(self, name):
-                y = getattr(self, name)(y)
-        return y
+        return _activated(self, y)
 
     @torch.no_grad()
     def _track(self, mean: Tensor, variance: Tensor) -> None:
@@ -124,16 +124,78 @@ class SynchronisedBatchNorm(_BatchNorm):
             running.copy_(running + share * (value - running))
 
 
+class FrozenBatchNorm(nn.Module):
+    """BatchNorm of running statistics and parameters that stay as they are, in training too; made of a BatchNorm by `set_batchnorm`.
+
+    y = weight * (x - running_mean) / sqrt(running_var + eps) + bias, then timm's activation where there was one. The state dict keeps its
+    keys. No BatchNorm to torch, which therefore neither synchronises it nor puts it into a mode.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+
+    def forward(self, input: Tensor) -> Tensor:
+        return _activated(self, F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps))
+
+
+def _activated(norm: nn.Module, y: Tensor) -> Tensor:
+    """What timm's BatchNormAct2d does behind the BatchNorm; of others y itself."""
+    for name in ("drop", "act"):
+        if hasattr(norm, name):
+            y = getattr(norm, name)(y)
+    return y
+
+
+def set_batchnorm(module: nn.Module, mode: str, device: torch.device | str) -> nn.Module:
+    """Choose what every BatchNorm in `module` does in training; returns the module, as `convert_sync_batchnorm` does.
+
+    frozen: as `FrozenBatchNorm`, for good. sync: statistics of all ranks' rows, on `device`. train: statistics of this rank's rows.
+    Frozen ones stay frozen in the other modes, so that a part of a network may be frozen first or last.
+    Raises ValueError for another mode, for "train" of BatchNorms that are synchronised already, for "frozen" of BatchNorms without running
+    statistics, and for a class of BatchNorm with a forward of its own.
+    """
+    if mode == "sync":
+        return convert_sync_batchnorm(module, device)
+    norms = [m for m in module.modules() if isinstance(m, _BatchNorm)]
+    if mode == "frozen":
+        for norm in norms:
+            _freeze(norm)
+    elif mode != "train":
+        raise ValueError(f"BatchNorm mode '{mode}'; known: {', '.join(MODES)}")
+    elif any(isinstance(norm, (SynchronisedBatchNorm, nn.SyncBatchNorm)) for norm in norms):
+        raise ValueError("BatchNorm mode 'train' of a module that is synchronised already; choose it in place of 'sync', not after it")
+    return module
+
+
+def _freeze(norm: _BatchNorm) -> None:
+    cls = type(norm)
+    if not _is_known(cls):
+        raise ValueError(f"cannot freeze {cls.__module__}.{cls.__qualname__}: it is a BatchNorm with a forward of its own")
+    if norm.running_mean is None:
+        raise ValueError("BatchNorm mode 'frozen' of a BatchNorm without running statistics; choose 'sync' or 'train'")
+    norm.requires_grad_(False)
+    norm.__class__ = FrozenBatchNorm  # type: ignore[assignment]
+
+
+def _is_known(cls: type[_BatchNorm]) -> bool:
+    """Whether a class of BatchNorm computes what torch's do, with or without timm's activation behind it."""
+    layers = sys.modules.get("timm.layers")  # a module of a class of timm's exists only where timm was imported
+    timms = (layers.BatchNormAct2d.forward, layers.SyncBatchNormAct.forward) if layers is not None else ()
+    return cls.forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward, SynchronisedBatchNorm.forward, *timms)
+
+
 def _synchronised(cls: type[_BatchNorm]) -> type[_BatchNorm]:
     """The class that a BatchNorm of class `cls` becomes; raises ValueError for one with a forward of its own that isn't known here."""
-    layers = sys.modules.get("timm.layers")  # a module of a class of timm's exists only where timm was imported
+    if not _is_known(cls):
+        raise ValueError(f"cannot synchronise {cls.__module__}.{cls.__qualname__} over ranks: it is a BatchNorm with a forward of its own")
     if issubclass(cls, SynchronisedBatchNorm):
         return cls
-    if cls.forward is _BatchNorm.forward or issubclass(cls, nn.SyncBatchNorm):
-        return SynchronisedBatchNorm
-    if layers is not None and issubclass(cls, layers.BatchNormAct2d) and cls.forward is layers.BatchNormAct2d.forward:
+    if "timm.layers" in sys.modules and issubclass(cls, sys.modules["timm.layers"].BatchNormAct2d):
         return type(f"Synchronised{cls.__name__}", (SynchronisedBatchNorm, cls), {})
-    raise ValueError(f"cannot synchronise {cls.__module__}.{cls.__qualname__} over ranks: it is a BatchNorm with a forward of its own")
+    return SynchronisedBatchNorm
 
 
 def convert_sync_batchnorm(module: nn.Module, device: torch.device | str) -> nn.Module:

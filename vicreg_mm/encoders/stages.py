@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vicreg_mm.batchnorm import FrozenBatchNorm, set_batchnorm
 from vicreg_mm.encoders.maps import STAGES, is_torchvision_resnet
 from vicreg_mm.encoders.vision import VisionEncoder
 
@@ -64,8 +65,25 @@ class StageMaps(nn.Module):
         return [norm(x) for norm, x in zip(self.norms, maps, strict=True)] if self.norms else maps
 
     def _published_norm(self) -> str:
-        batchnorm = any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in self.encoder.modules())
+        kinds = (nn.modules.batchnorm._BatchNorm, FrozenBatchNorm)
+        batchnorm = any(isinstance(part, kinds) for part in self.encoder.modules())
         return "none" if self.plain or batchnorm else "new"
+
+
+def freeze_stages(encoder: VisionEncoder, freeze_at: int) -> None:
+    """Take the first parts of a ResNet out of the training, parameters and BatchNorm: 0 none, 1 the stem, 2 to 5 the stages behind it, too.
+
+    Counted as Detectron2's FREEZE_AT; torchvision's `trainable_layers` is 5 - freeze_at.
+    Raises ValueError for another count and for a network that is no ResNet.
+    """
+    net, parts = encoder.net, (("conv1", "bn1"), *((stage,) for stage in STAGES))
+    if not 0 <= freeze_at <= len(parts):
+        raise ValueError(f"freeze_at {freeze_at}; expected 0 (nothing) to {len(parts)} (the stem and all stages)")
+    if freeze_at and not all(hasattr(net, name) for part in parts for name in part):
+        raise ValueError(f"freeze_at {freeze_at}: encoder '{encoder.name}' is no ResNet, so it has no such parts; give 0")
+    for name in (name for part in parts[:freeze_at] for name in part):
+        getattr(net, name).requires_grad_(False)
+        set_batchnorm(getattr(net, name), "frozen", "cpu")
 
 
 def last_of_each_quarter(depth: int) -> tuple[int, ...]:
