@@ -1,0 +1,126 @@
+"""The segmentation model: its loss, the encoders that it takes, and what it makes of a whole picture."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from vicreg_mm.encoders import build_vision
+from vicreg_mm.transfer.confusion import IGNORED
+from vicreg_mm.transfer.segmentation import MaskBatch, Segmenter
+from vicreg_mm.transfer.segmentation_inference import Inference, sliding_scores, window_starts
+
+ENCODERS = ["timm/test_resnet", "timm/test_vit", "timm/test_convnext", "torchvision/resnet18"]
+
+
+def segmenter(name="timm/test_resnet", **options):
+    torch.manual_seed(0)
+    return Segmenter(build_vision(name), 3, **{"width": 16, **options})
+
+
+def batch_of(side=32, rows=2):
+    generator = torch.Generator().manual_seed(0)
+    masks = torch.randint(0, 3, (rows, side, side), generator=generator, dtype=torch.uint8)
+    masks[:, :5] = IGNORED
+    masks[0, :, 7:] = IGNORED  # the two rows differ in their number of labelled pixels
+    return MaskBatch(torch.randint(0, 256, (rows, 3, side, side), generator=generator, dtype=torch.uint8), masks, rows)
+
+
+def test_the_loss_is_the_mean_over_labelled_pixels_of_both_heads():
+    model, batch = segmenter(dropout=0.0).eval(), batch_of()
+    loss, logs = model(batch)
+    kept = batch.masks != IGNORED
+
+    def oracle(scores):
+        log_p = scores.double().permute(0, 2, 3, 1)[kept].log_softmax(1)
+        return -log_p[torch.arange(len(log_p)), batch.masks[kept].long()].mean()
+
+    maps = model.maps(model.normalize(batch.images))
+    auxiliary = F.interpolate(model.auxiliary_head(maps[2]), scale_factor=16, mode="bilinear")
+    main, beside = oracle(model.scores(batch.images)), oracle(auxiliary)
+    assert loss.item() == pytest.approx((main + 0.4 * beside).item(), rel=1e-5)
+    assert logs["loss/segmentation"].item() == pytest.approx(main.item(), rel=1e-5)
+    assert logs["loss/auxiliary"].item() == pytest.approx(beside.item(), rel=1e-5)
+    right = (model.scores(batch.images).argmax(1) == batch.masks)[kept].float().mean()
+    assert logs["train/pixel_accuracy"].item() == pytest.approx(right.item())
+
+
+def test_a_batch_without_a_labelled_pixel_has_a_loss_of_zero_and_no_gradient():
+    model, batch = segmenter(), batch_of()
+    batch.masks[:] = IGNORED
+    loss, _ = model(batch)
+    loss.backward()
+    assert loss.item() == 0 and all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+@pytest.mark.parametrize("head", ["upernet", "linear", "linear4"])
+def test_every_kind_of_encoder_gives_scores_of_an_image_of_any_size(name, head):
+    model = segmenter(name, head=head)
+    loss, _ = model(batch_of(64))
+    loss.backward()
+    assert all(p.grad is not None for p in model.head.parameters())
+    assert model.eval().scores(torch.zeros(1, 3, 50, 91, dtype=torch.uint8)).shape == (1, 3, 50, 91)
+
+
+def test_a_frozen_encoder_stays_as_it_is_under_a_linear_head():
+    model = segmenter(head="linear").train()
+    model.encoder.freeze()
+    before = {name: tensor.clone() for name, tensor in model.encoder.state_dict().items()}
+    model.train()(batch_of())[0].backward()
+    assert all(p.grad is None for p in model.encoder.parameters())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.encoder.state_dict().items())
+
+
+def test_an_unknown_head_is_told_with_the_known_ones():
+    with pytest.raises(ValueError, match="unknown head 'fcn'; known: upernet, linear, linear4"):
+        segmenter(head="fcn")
+
+
+# From scores to classes ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained():
+    return segmenter().eval()
+
+
+def picture(height, width):
+    return torch.randint(0, 256, (1, 3, height, width), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+
+
+@torch.no_grad()
+def test_sliding_windows_over_an_image_smaller_than_one_give_the_scores_of_the_whole_image(trained):
+    image = picture(40, 64)
+    assert torch.equal(sliding_scores(trained.scores, image, window=64, stride=41), trained.scores(image))
+    predictions = [Inference(mode, (90, 40), 64, 41).predict(trained.scores, image[0]) for mode in ("whole", "slide")]
+    assert torch.equal(*predictions)
+
+
+@torch.no_grad()
+def test_sliding_windows_give_each_pixel_the_mean_of_the_windows_that_see_it(trained):
+    image, window, stride = picture(70, 100), 32, 20
+    tops, lefts = window_starts(70, window, stride), window_starts(100, window, stride)
+    assert (tops, lefts) == ([0, 20, 38], [0, 20, 40, 60, 68])
+    found = sliding_scores(trained.scores, image, window, stride)
+    for y, x in ((0, 0), (35, 50), (69, 99), (21, 69)):
+        seen = [(t, le) for t in tops for le in lefts if t <= y < t + window and le <= x < le + window]
+        values = [trained.scores(image[..., t : t + window, le : le + window])[0, :, y - t, x - le] for t, le in seen]
+        assert torch.allclose(found[0, :, y, x], torch.stack(values).mean(0), atol=1e-5)
+
+
+def test_a_side_of_whole_strides_has_no_window_twice():
+    assert (
+        window_starts(512 + 341, 512, 341) == [0, 341] and window_starts(512, 512, 341) == [0] and window_starts(683, 512, 341) == [0, 171]
+    )
+
+
+@torch.no_grad()
+def test_several_scales_and_mirror_images_are_averaged_as_probabilities(trained):
+    image = picture(48, 64)
+    found = Inference("whole", (64, 48), factors=(1.0, 0.5), flip=True).predict(trained.scores, image[0])
+    small = F.interpolate(image.float(), size=(24, 32), mode="bilinear", antialias=True).round().to(torch.uint8)
+    total = 0
+    for x in (image, small):
+        for scores in (trained.scores(x), trained.scores(x.flip(-1)).flip(-1)):
+            total = total + F.interpolate(scores, size=(48, 64), mode="bilinear").softmax(1)
+    assert (found == total.argmax(1)[0]).float().mean() > 0.99  # resizing rounds differently on some pixels
