@@ -1,6 +1,7 @@
 """What every evaluation recipe calls: open an encoder and its sets, measure, print the table beside chance, keep the row as JSON.
 
-`retrieval` and `zero_shot` are the programs; `run_evaluation` is what they share, and what another program needs beside its measure.
+`retrieval` and `zero_shot` are programs; `run_evaluation` is what all share, and what another program needs beside its measure: those that
+train on labels, too.
 """
 
 import dataclasses
@@ -16,18 +17,21 @@ from vicreg_mm import distributed
 from vicreg_mm.command_line import boxed, parse_program, smoke_profile
 from vicreg_mm.config import ConfigError, EvaluationConfig, RunConfig
 from vicreg_mm.evaluation_config import EvaluationProgram, RetrievalProgram, ZeroShotProgram
+from vicreg_mm.task_config import TaskConfig
 
-Program = TypeVar("Program", bound=EvaluationProgram)
+Program = TypeVar("Program", bound=EvaluationProgram | TaskConfig)
 
 
 class Measured(NamedTuple):
-    """What a program found. encoder, data, result, headline: as of `evaluation.results.write_row`; table: for people."""
+    """What a program found. encoder, data, result, headline: as of `evaluation.results.write_row`; table: for people; run: the run
+    directory, where it trained in one."""
 
     encoder: dict[str, Any]
     data: dict[str, Any]
     result: dict[str, Any]
     table: str
     headline: dict[str, str]
+    run: Path | None = None
 
 
 def retrieval(recipe: RetrievalProgram, pretraining: RunConfig, arguments: list[str] | None = None) -> None:
@@ -41,23 +45,31 @@ def zero_shot(recipe: ZeroShotProgram, pretraining: RunConfig, arguments: list[s
 
 
 def run_evaluation(
-    recipe: Program, pretraining: RunConfig, measure: Callable[[Program, torch.device], Measured], arguments: list[str] | None = None
+    recipe: Program,
+    pretraining: RunConfig | None,
+    measure: Callable[[Program, torch.device], Measured],
+    arguments: list[str] | None = None,
 ) -> None:
     """Run a program with the command line's overrides. What a user can mend ends in one line and exit code 2.
 
-    pretraining: the recipe whose smoke profile is trained where no encoder is named. measure: all ranks call it; rank 0's answer counts.
+    pretraining: the recipe whose smoke profile is trained where no encoder is named; None where the program's own smoke profile names
+    one. measure: all ranks call it; rank 0's answer counts. The row goes to `out`, or beside what was evaluated: the run that the
+    program trained, or the encoder.
     """
     words = sys.argv[1:] if arguments is None else arguments
     distributed.run_program(lambda: _run(recipe, pretraining, measure, words), f"recipes/{recipe.name}.py")
 
 
-def _run(recipe: Program, pretraining: RunConfig, measure: Callable[[Program, torch.device], Measured], arguments: list[str]) -> None:
+def _run(
+    recipe: Program, pretraining: RunConfig | None, measure: Callable[[Program, torch.device], Measured], arguments: list[str]
+) -> None:
     config = parse_program(recipe, arguments)
     if config.smoke and distributed.is_main_environment():
         _say_smoke(config, pretraining)
     device = distributed.start()
     try:
         if not config.encoder:
+            assert pretraining is not None
             config = dataclasses.replace(config, encoder=str(_trained(config, pretraining, device)))
         begun = time.perf_counter()
         found = measure(config, device)
@@ -70,18 +82,18 @@ def _run(recipe: Program, pretraining: RunConfig, measure: Callable[[Program, to
         distributed.stop()
 
 
-def _say_smoke(config: EvaluationProgram, pretraining: RunConfig) -> None:
-    made = f"trains the smoke profile of {pretraining.name} for {config.smoke_steps} steps, then evaluates"
-    sets = " ".join(f"--{name} FOLDER_OF_SHARDS" for name in config.sets)
+def _say_smoke(config: EvaluationProgram | TaskConfig, pretraining: RunConfig | None) -> None:
+    first = "" if config.encoder or pretraining is None else f"first trains that of {pretraining.name} for {config.smoke_steps} steps; "
+    sets = " ".join(f"--{name} FOLDER" for name in config.sets)
     lines = [
-        f"Smoke profile of {config.name}: {'evaluates' if config.encoder else made} on the built-in digits.",
-        f"For the real one:  deepspeed recipes/{config.name}.py --encoder RUN {sets}",
-        "data/README.md says how to make shards.",
+        f"Smoke profile of {config.name}: {first}on {config.miniature_data}.",
+        f"For the real one:  deepspeed recipes/{config.name}.py --encoder ENCODER {sets}",
+        "data/README.md says how to make the data.",
     ]
     print(boxed(lines), flush=True)
 
 
-def _trained(config: EvaluationProgram, pretraining: RunConfig, device: torch.device) -> Path:
+def _trained(config: EvaluationProgram | TaskConfig, pretraining: RunConfig, device: torch.device) -> Path:
     from vicreg_mm.pretrain import pretrain
 
     small = smoke_profile(pretraining)
@@ -92,7 +104,7 @@ def _trained(config: EvaluationProgram, pretraining: RunConfig, device: torch.de
     return pretrain(small, device)
 
 
-def _keep(config: EvaluationProgram, found: Measured, seconds: float) -> Path:
+def _keep(config: EvaluationProgram | TaskConfig, found: Measured, seconds: float) -> Path:
     from vicreg_mm.evaluation.results import folder_of, write_row
 
     row = {
@@ -100,7 +112,7 @@ def _keep(config: EvaluationProgram, found: Measured, seconds: float) -> Path:
         "result": found.result, "headline": found.headline, "seconds": round(seconds, 1),
         "processes": distributed.world_size(), "torch": torch.__version__,
     }  # fmt: skip
-    return write_row(folder_of(config.encoder, config.out), row)
+    return write_row(folder_of(str(found.run or config.encoder), config.out), row)
 
 
 def open_set(config: EvaluationProgram, shards: str, transform: Callable, captions: bool = False) -> tuple[Any, dict[str, Any]]:

@@ -17,6 +17,8 @@ class EvaluationProgram:
     """The options that name shards."""
     in_miniature: ClassVar[dict[str, Any]]
     """What the smoke profile sets."""
+    miniature_data: ClassVar[str] = "the built-in digits"
+    """What these sets are, for people."""
 
     encoder: str = ""
     """What to evaluate: a run directory, or another source that the program knows; empty: the smoke profile."""

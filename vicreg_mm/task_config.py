@@ -18,6 +18,8 @@ class TaskConfig(TrainingConfig):
     """The options that name data."""
     in_miniature: ClassVar[dict[str, Any]]
     """What the smoke profile sets."""
+    miniature_data: ClassVar[str] = "the built-in digits"
+    """What these sets are, for people."""
 
     encoder: str = ""
     """[NAME@]WEIGHTS: a run directory, a file, timm/NAME@library, torchvision/NAME@FILE, NAME@random, package.module:function."""
