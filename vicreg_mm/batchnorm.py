@@ -162,7 +162,10 @@ def set_batchnorm(module: nn.Module, mode: str, device: torch.device | str) -> n
     norms = [m for m in module.modules() if isinstance(m, _BatchNorm)]
     if mode == "frozen":
         for norm in norms:
-            _freeze(norm)
+            _check_freezable(norm)
+        for norm in norms:
+            norm.requires_grad_(False)
+            norm.__class__ = FrozenBatchNorm  # type: ignore[assignment]
     elif mode != "train":
         raise ValueError(f"BatchNorm mode '{mode}'; known: {', '.join(MODES)}")
     elif any(isinstance(norm, (SynchronisedBatchNorm, nn.SyncBatchNorm)) for norm in norms):
@@ -170,14 +173,12 @@ def set_batchnorm(module: nn.Module, mode: str, device: torch.device | str) -> n
     return module
 
 
-def _freeze(norm: _BatchNorm) -> None:
+def _check_freezable(norm: _BatchNorm) -> None:
     cls = type(norm)
     if not _is_known(cls):
         raise ValueError(f"cannot freeze {cls.__module__}.{cls.__qualname__}: it is a BatchNorm with a forward of its own")
     if norm.running_mean is None:
         raise ValueError("BatchNorm mode 'frozen' of a BatchNorm without running statistics; choose 'sync' or 'train'")
-    norm.requires_grad_(False)
-    norm.__class__ = FrozenBatchNorm  # type: ignore[assignment]
 
 
 def _is_known(cls: type[_BatchNorm]) -> bool:
