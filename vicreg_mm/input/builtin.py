@@ -1,15 +1,13 @@
 """The built-in data set: scikit-learn's 1,797 scans of handwritten digits with made captions, as webdataset shards on first use."""
 
 import json
-import os
-import shutil
-import tempfile
 from pathlib import Path
 
 import cv2
 import numpy as np
 
 from vicreg_mm.config import BUILTIN_DIGITS, ConfigError
+from vicreg_mm.input.built_once import built_once
 from vicreg_mm.input.shard_cache import cache_folder
 from vicreg_mm.input.shards import write_index
 from vicreg_mm.input.tokenizers import MODEL_FILE, train_sentencepiece
@@ -50,30 +48,13 @@ def digits(split: str, folder: str | Path | None = None) -> Path:
 
     1,500 train and 297 test scans, drawn with a seed, class by class; 8 x 8 scans enlarged to 32 x 32 gray PNGs, labels 0 to 9,
     and CAPTIONS_EACH captions that name the digit; beside the train split a sentencepiece model of its captions.
-    Several processes may ask at once: each builds its own and the first to finish puts it in place.
     folder: kept there rather than in the cache, as folder/train and folder/test. Raises ValueError for another split.
     Source: UCI "Optical Recognition of Handwritten Digits", test part, as scikit-learn bundles it.
     """
     if split not in SPLITS:
         raise ValueError(f"unknown split '{split}' of the digits; known: {', '.join(SPLITS)}")
     place = (Path(folder) if folder is not None else cache_folder() / EDITION) / split
-    if (place / "index.json").is_file():
-        return place
-    if place.exists() and any(place.iterdir()):
-        raise ValueError(f"{place} holds files but no index.json; remove it and the digits are written again")
-    place.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=f".{split}-", dir=place.parent))
-    try:
-        _write(split, building)
-        building.chmod(0o755)
-        try:
-            os.rename(building, place)
-        except OSError:
-            if not (place / "index.json").is_file():
-                raise
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
-    return place
+    return built_once(place, "index.json", lambda building: _write(split, building))
 
 
 def _write(split: str, folder: Path) -> None:
