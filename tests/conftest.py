@@ -1,4 +1,4 @@
-"""What every test may use: the built-in digits as shards, written once a session."""
+"""What every test may use: the built-in digits as shards and the built-in scenes, written once a session."""
 
 import os
 
@@ -6,7 +6,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")  # before anything imports DeepSp
 
 import pytest
 
-from vicreg_mm.input import builtin
+from vicreg_mm.input import builtin, builtin_scenes
 
 
 @pytest.fixture(scope="session")
@@ -14,3 +14,9 @@ def digits(tmp_path_factory):
     """split -> folder of indexed shards."""
     folder = tmp_path_factory.mktemp("digits")
     return {split: str(builtin.digits(split, folder)) for split in ("train", "test")}
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory):
+    """The folder of the built-in scenes, in the forms of ADE20K and COCO."""
+    return builtin_scenes.scene_folder(tmp_path_factory.mktemp("cache") / "scenes")

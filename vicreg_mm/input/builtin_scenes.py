@@ -1,0 +1,143 @@
+"""The built-in scene set: textured shapes on crops of scikit-learn's two photos, with exact masks, written on first use."""
+
+import json
+from functools import lru_cache
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from vicreg_mm.input.built_once import built_once
+from vicreg_mm.input.scene_files import Scene, png, write_split
+from vicreg_mm.input.shard_cache import cache_folder
+
+EDITION = "scenes-1"  # the cache folder's name; raise it when the scenes change
+NUM_SCENES = {"train": 64, "val": 16}
+HEIGHT, WIDTH = 128, 160
+SHAPES = ("disc", "square", "triangle", "star")
+CLASSES = ("photo", *SHAPES)  # of the labels 1, 2, ...; 0, other, is the bar that stands before the rest
+CATEGORIES = {2: "disc", 3: "square", 7: "triangle", 11: "star"}  # with gaps, as COCO's
+RADIUS = 10, 34  # pixels
+MAX_SHAPES = 6
+EMPTY_SHARE, BAR_SHARE = 0.06, 0.3  # of scenes without a shape, and with a bar
+LEAST_VISIBLE = 0.4  # of every shape
+
+
+def scene_folder(folder: str | Path | None = None) -> Path:
+    """The folder of the scenes in the forms of ADE20K and COCO (`scene_files`), written on first use into the cache or into `folder`.
+
+    64 training and 16 validation scenes of 128 x 160 pixels; shapes hide parts of others, some scenes have none. Every scene is a function
+    of its split and number alone.
+    """
+    return built_once(Path(folder) if folder is not None else cache_folder() / EDITION, "classes.json", _write)
+
+
+def _write(folder: Path) -> None:
+    for part, (split, count) in enumerate(NUM_SCENES.items()):
+        write_split(folder, split, (scene(part, number) for number in range(count)), CATEGORIES)
+    (folder / "classes.json").write_text(json.dumps(CLASSES) + "\n")
+
+
+def scene(*seed: int) -> Scene:
+    """One scene, a pure function of the seed; named by it. Labels: 1 + place in CLASSES, 0 for a bar."""
+    rng = np.random.default_rng(seed)
+    image = _background(rng)
+    kinds, masks = _place(rng)
+    for mask in masks:
+        image[mask] = _texture(rng)[mask]
+    bar = _bar(rng) & (rng.random() < BAR_SHARE)
+    if not _all_visible([*masks, bar]):
+        bar[:] = False
+    image[bar] = _texture(rng)[bar]
+    labels = np.ones((HEIGHT, WIDTH), np.uint8)
+    for kind, mask in zip(kinds, masks, strict=True):
+        labels[mask] = 2 + kind
+    labels[bar] = 0
+    instances = [(list(CATEGORIES)[kind], seen) for kind, seen in zip(kinds, _visible([*masks, bar]), strict=False)]
+    return Scene("-".join(f"{word:03d}" for word in seed), png(np.clip(np.rint(image), 0, 255).astype(np.uint8)), labels, instances)
+
+
+def _place(rng: np.random.Generator) -> tuple[list[int], list[np.ndarray]]:
+    """Kinds and whole masks of shapes from back to front, such that enough of each stays visible."""
+    kinds: list[int] = []
+    masks: list[np.ndarray] = []
+    for _ in range(0 if rng.random() < EMPTY_SHARE else rng.integers(1, MAX_SHAPES + 1)):
+        kind = int(rng.integers(len(SHAPES)))
+        mask = _shape(rng, kind)
+        if _all_visible([*masks, mask]):
+            kinds.append(kind)
+            masks.append(mask)
+    return kinds, masks
+
+
+def _visible(masks: list[np.ndarray]) -> list[np.ndarray]:
+    """What later masks leave of each."""
+    return [mask & ~np.any([np.zeros_like(mask), *masks[n + 1 :]], axis=0) for n, mask in enumerate(masks)]
+
+
+def _all_visible(masks: list[np.ndarray]) -> bool:
+    return all(seen.sum() >= LEAST_VISIBLE * whole.sum() for seen, whole in zip(_visible(masks), masks, strict=True))
+
+
+def _shape(rng: np.random.Generator, kind: int) -> np.ndarray:
+    """bool [HEIGHT, WIDTH]: a shape of random size and turn, with its centre in the image."""
+    radius, turn = rng.uniform(*RADIUS), rng.uniform(0, 2 * np.pi)
+    y, x = _grid() - rng.uniform([radius / 2, radius / 2], [HEIGHT - radius / 2, WIDTH - radius / 2])[:, None, None]
+    distance, angle = np.hypot(y, x), np.arctan2(y, x) + turn
+    if kind == 0:
+        return distance <= radius
+    corners = (4, 3, 5)[kind - 1]
+    # within a polygon's sector, the side lies at radius * cos(half a sector) from the centre, measured along the sector's middle
+    off_middle = np.mod(angle, 2 * np.pi / corners) - np.pi / corners
+    if SHAPES[kind] != "star":
+        return distance * np.cos(off_middle) <= radius * np.cos(np.pi / corners)
+    # a sector of a star goes from one point to the next: two sides that meet at its middle, at 0.45 of the radius
+    inner, half = 0.45, np.pi / corners
+    across = np.abs(off_middle)
+    return distance * (np.sin(half - across) + inner * np.sin(across)) <= radius * inner * np.sin(half)
+
+
+def _bar(rng: np.random.Generator) -> np.ndarray:
+    """bool [HEIGHT, WIDTH]: an upright pole."""
+    middle, width = rng.uniform(10, WIDTH - 10), rng.uniform(4, 9)
+    return np.abs(_grid()[1] - middle) <= width / 2
+
+
+def _texture(rng: np.random.Generator) -> np.ndarray:
+    """float [HEIGHT, WIDTH, 3]: two colours in waves, checks or a gradient, and noise; says nothing of the shape."""
+    colours = rng.uniform(0, 255, (2, 3))
+    y, x = _grid()
+    turn, period = rng.uniform(0, np.pi), rng.uniform(6, 20)
+    along, across = y * np.cos(turn) + x * np.sin(turn), x * np.cos(turn) - y * np.sin(turn)
+    share = (
+        (np.sin(2 * np.pi * along / period) + 1) / 2,
+        (np.sin(2 * np.pi * along / period) * np.sin(2 * np.pi * across / period) > 0).astype(float),
+        np.clip((along - along.min()) / np.ptp(along), 0, 1),
+    )[rng.integers(3)]
+    return colours[0] + (colours[1] - colours[0]) * share[..., None] + rng.normal(0, 6, (HEIGHT, WIDTH, 3))
+
+
+def _background(rng: np.random.Generator) -> np.ndarray:
+    """float [HEIGHT, WIDTH, 3]: a crop of a photo, perhaps mirrored, its colours shifted and its contrast lowered."""
+    photo = _photos()[rng.integers(2)]
+    height = int(rng.integers(HEIGHT, photo.shape[0] + 1))
+    width = min(height * WIDTH // HEIGHT, photo.shape[1])
+    top, left = rng.integers(0, photo.shape[0] - height + 1), rng.integers(0, photo.shape[1] - width + 1)
+    crop = photo[top : top + height, left : left + width]
+    image = cv2.resize(crop, (WIDTH, HEIGHT), interpolation=cv2.INTER_AREA).astype(np.float64)
+    if rng.random() < 0.5:
+        image = image[:, ::-1].copy()
+    return 128 + (image - 128) * rng.uniform(0.5, 1.0, 3) + rng.uniform(-30, 30, 3)
+
+
+def _grid() -> np.ndarray:
+    """float [2, HEIGHT, WIDTH]: y and x of the pixels' centres."""
+    return np.mgrid[:HEIGHT, :WIDTH] + 0.5
+
+
+@lru_cache(maxsize=1)
+def _photos() -> tuple[np.ndarray, ...]:
+    """A temple and a flower, uint8 [427, 640, 3] in RGB."""
+    from sklearn.datasets import load_sample_images
+
+    return tuple(load_sample_images().images)
