@@ -1,0 +1,95 @@
+"""What a detector's training is told. Imports no torch."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Self
+
+from vicreg_mm.task_config import BUILTIN_SCENES, TaskConfig
+from vicreg_mm.training_config import ConfigError, check_effects, check_signs
+
+
+@dataclass(frozen=True)
+class DetectionConfig(TaskConfig):
+    """Boxes, and with Mask R-CNN masks, of objects."""
+
+    sets: ClassVar[tuple[str, ...]] = ("data",)
+    in_miniature: ClassVar[dict[str, Any]] = {
+        "data": BUILTIN_SCENES, "batch": 4, "short_sides": (128,), "max_side": 192, "jitter_side": 128, "test_short_side": 128,
+        "anchors": (8, 16, 32, 64, 128), "proposals": 100, "sampled_regions": 64, "draw": 4,
+    }  # fmt: skip
+    miniature_data: ClassVar[str] = "the built-in scenes"
+
+    data: str = ""
+    """Folder with annotations/instances_{train,val}*.json and the images, or that holds VOCdevkit; builtin:scenes: made on first use."""
+    data_format: Literal["coco", "voc"] = "coco"
+    """voc: trains on VOC2007 and VOC2012 trainval, is tested on VOC2007 test by VOC's rules."""
+    detector: Literal["mask_rcnn", "faster_rcnn", "faster_rcnn_c4"] = "mask_rcnn"
+    """c4: on the map of stride 16 of a ResNet, whose last stage is the box head; the others on a feature pyramid."""
+    box_head: Literal["2fc", "4conv1fc"] = "2fc"
+    """Of the feature pyramid's detectors: two layers, or four convolutions and a layer."""
+    norm: Literal["batch", "layer", "none"] = "batch"
+    """In the pyramid of a hierarchical network, the heads' convolutions, and behind the last stage of c4."""
+    batchnorm: Literal["sync", "train", "frozen"] = "sync"
+    """Statistics of every BatchNorm: of all ranks, of each rank, or in the encoder those that it came with."""
+    rpn_convs: int = 1
+    """3 x 3 convolutions before the proposals."""
+    rpn_loss_weight: float = 1.0
+    """Weight of both losses of the proposals."""
+    anchors: tuple[int, ...] = (32, 64, 128, 256, 512)
+    """Sides of the anchors in pixels: one for each of the five maps of a pyramid; all on the one map of c4."""
+    proposals: int = 1000
+    """Regions that the proposals keep for an image."""
+    sampled_regions: int = 512
+    """Regions of an image that the heads train on."""
+    augmentation: Literal["shortest_size", "jitter"] = "shortest_size"
+    """shortest_size: one of `short_sides`; jitter: fitted into a square, scaled, and cut to it; both mirror half of the images."""
+    short_sides: tuple[int, ...] = (640, 672, 704, 736, 768, 800)
+    """Sides in pixels that the short side of a training image may have."""
+    max_side: int = 1333
+    """No image becomes longer than this."""
+    test_short_side: int = 800
+    """The short side of an image in evaluation."""
+    jitter_side: int = 1024
+    """The square's side; evaluation fits images into it, too."""
+    jitter_scale: tuple[float, float] = (0.1, 2.0)
+    """The factor's range."""
+    drop_path: float = 0.0
+    """Stochastic depth rate of the encoder."""
+    window: int = 0
+    """Let most blocks of a ViT attend within squares of so many patches; 0: all attend everywhere."""
+    smoke_encoder: str = "timm/test_resnet@random"
+    """The encoder of the smoke profile."""
+
+    def miniature(self) -> Self:
+        """The smoke profile: a toy encoder on the built-in scenes, Mask R-CNN's code path unless the recipe has another."""
+        small = dataclasses.replace(super().miniature(), encoder=self.smoke_encoder, data_format="coco", drop_path=0.0, window=0)
+        # (assumed) rates at which so small a network learns in so few steps
+        optim = dataclasses.replace(small.optim, lr=1e-3 if small.optim.name == "adamw" else 0.02, lr_batch=4, layer_decay=1.0)
+        return dataclasses.replace(small, optim=optim)
+
+    def check(self) -> None:
+        """Raise ConfigError for values that no detector can have, too."""
+        super().check()
+        positive = ("max_side", "test_short_side", "jitter_side", "proposals", "sampled_regions", "rpn_convs")
+        check_signs(self, positive, ("rpn_loss_weight", "drop_path", "window"))
+        if not self.short_sides or min(self.short_sides) < 1 or not self.anchors or min(self.anchors) < 1:
+            raise ConfigError(f"short_sides {self.short_sides} and anchors {self.anchors} must be positive, and at least one of each")
+        if not 0 < self.jitter_scale[0] <= self.jitter_scale[1]:
+            raise ConfigError(f"jitter_scale is {self.jitter_scale}; expected two factors above 0, the smaller first")
+        if self.detector == "mask_rcnn" and self.data_format == "voc":
+            raise ConfigError(
+                "detector mask_rcnn needs masks, which data_format voc has not; give --detector faster_rcnn_c4 or faster_rcnn"
+            )
+        c4, pyramid = self.detector == "faster_rcnn_c4", self.detector != "faster_rcnn_c4"
+        if pyramid and len(self.anchors) != 5:
+            raise ConfigError(f"anchors is {self.anchors}; a feature pyramid has five maps and wants a side for each")
+        jitter = self.augmentation == "jitter"
+        if not self.smoke:  # whose sizes are set for both augmentations
+            check_effects(
+                self,
+                {
+                    **{name: jitter and "augmentation jitter has a square" for name in ("short_sides", "max_side", "test_short_side")},
+                    **{name: not jitter and "augmentation is shortest_size" for name in ("jitter_side", "jitter_scale")},
+                    "box_head": c4 and "the last stage is the box head of faster_rcnn_c4",
+                },
+            )
