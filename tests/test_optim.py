@@ -165,6 +165,41 @@ def test_a_schedule_without_warmup_starts_at_the_peak():
     assert Schedule(peak=3.0, total=10).lr(0) == 3.0
 
 
+def test_steps_fall_by_the_factor_at_their_shares_of_the_run():
+    schedule = Schedule(peak=1.0, total=90, warmup=10, shape="steps", drops=(2 / 3, 8 / 9), factor=0.1, start=0.5)
+    torch_s = torch.optim.lr_scheduler.MultiStepLR(torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1.0), [60, 80], gamma=0.1)
+    theirs = []
+    for _ in range(90):
+        theirs.append(torch_s.get_last_lr()[0])
+        torch_s.optimizer.step()
+        torch_s.step()
+    assert [schedule.lr(step) for step in range(10, 90)] == pytest.approx(theirs[10:])
+    assert schedule.lr(0) == pytest.approx(0.55) and schedule.lr(9) == pytest.approx(1.0)
+
+
+def test_poly_is_a_power_of_what_is_left_of_the_run():
+    schedule = Schedule(peak=2.0, total=110, warmup=10, shape="poly", power=0.9, final_ratio=0.1)
+    assert schedule.lr(10) == 2.0
+    assert schedule.lr(60) == pytest.approx(0.2 + 1.8 * 0.5**0.9)
+    assert schedule.lr(110) == pytest.approx(0.2)
+
+
+def test_encoders_learn_at_their_share_of_the_rate_layer_decay_included():
+    encoder = build_vision("timm/test_vit", image_size=32)
+    module = nn.ModuleDict({"encoder": encoder, "head": nn.Linear(4, 2)})
+    scales = {}
+    for config in (OptimConfig(encoder_lr_scale=0.25), OptimConfig(encoder_lr_scale=0.25, layer_decay=0.5)):
+        groups = parameter_groups(module, config)
+        scales[config.layer_decay] = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
+    after = encoder.layers_after()
+    for name, p in encoder.net.named_parameters():
+        assert scales[1.0][id(p)] == 0.25 and scales[0.5][id(p)] == 0.25 * 0.5 ** after[name]
+    assert all(scales[decay][id(p)] == 1.0 for decay in (1.0, 0.5) for p in module["head"].parameters())
+    encoder.freeze()
+    with pytest.raises(ValueError, match=r"optim.encoder_lr_scale 0.25 has no effect: every encoder is frozen; give 1"):
+        parameter_groups(module, OptimConfig(encoder_lr_scale=0.25))
+
+
 def test_rate_and_decay_reach_every_group_at_its_own_scale():
     p, q = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2))
     groups = [{"params": [p], "lr_scale": 1.0, "decay_scale": 1.0}, {"params": [q], "lr_scale": 0.2, "decay_scale": 0.0}]
