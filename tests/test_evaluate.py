@@ -113,7 +113,7 @@ def test_without_arguments_a_program_trains_a_smoke_profile_and_evaluates_it_on_
     ((code, printed),) = run_ranks(run_program, 1, zero_shot, ZeroShotProgram(), arguments, str(tmp_path), timeout_seconds=400)
     assert code == 0, printed
     assert "| Smoke profile of zero_shot: first trains that of cross_modal for 14 steps; on the built-in digits." in printed
-    assert "deepspeed recipes/zero_shot.py --encoder RUN --shards FOLDER_OF_SHARDS" in printed
+    assert "deepspeed recipes/zero_shot.py --encoder ENCODER --shards FOLDER" in printed
     (row,) = read_rows(tmp_path / "runs" / "cross_modal-001" / "evaluations")
     assert row["encoder"]["checkpoint"] == "step-00000014" and row["result"]["num_classes"] == 10 and row["options"]["smoke"]
 
