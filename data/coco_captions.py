@@ -13,8 +13,6 @@ OUT gets shard-*.tar, index.json, index.npy, bad.json and source.json; data/READ
 An interrupted run is continued by the same command.
 """
 
-import json
-import os
 import re
 import sys
 from collections.abc import Callable
@@ -22,8 +20,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vicreg_mm.input.listing import Listing
-from vicreg_mm.input.pairs import MAX_MISSING, Captions
+from vicreg_mm.input.listing import MAX_MISSING, Listing, first_found, read_annotations
+from vicreg_mm.input.pairs import Captions
 from vicreg_mm.input.writing import parser, write_from_command_line
 
 KARPATHY_IMAGES = {
@@ -31,6 +29,7 @@ KARPATHY_IMAGES = {
     "flickr30k": {"train": 29_000, "val": 1_014, "test": 1_000},
     "flickr8k": {"train": 6_000, "val": 1_000, "test": 1_000},
 }
+MEANT = "captions_*.json or a Karpathy file (dataset_*.json)"
 FOLDERS_2017 = ("train2017", "val2017")
 Sentences = list[tuple[Any, str]]  # of one image: caption, and its place in the file
 
@@ -42,7 +41,7 @@ def list_coco(
     splits = ["train", "restval"] if restval else [split]
     file = karpathy or (captions_file(annotations, split) if annotations.is_dir() else annotations)
     try:
-        content = read_json(file)
+        content = read_annotations(file, MEANT)
         if restval and not (is_karpathy(content) and split == "train"):
             raise ValueError("--restval has no effect: only --split train of a Karpathy file takes the rest of COCO's validation set")
         if karpathy is not None and not is_karpathy(content):
@@ -53,19 +52,6 @@ def list_coco(
         return list_karpathy(images, file, content, splits, sentences, max_missing)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} is not in the form of captions_*.json or a Karpathy file: {type(error).__name__} {error}") from None
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The object in a file. What is no UTF-8 in it becomes surrogates, which make a single caption bad and not the whole file."""
-    if not file.is_file():
-        raise ValueError(f"{file} does not exist" if not file.exists() else f"{file} is a folder, not a .json")
-    try:
-        content = json.loads(file.read_bytes().decode("utf-8-sig", "surrogateescape"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is damaged or no JSON: {error}; fetch it again") from None
-    if not isinstance(content, dict) or not isinstance(content.get("images"), list) or not content["images"]:
-        raise ValueError(f"{file} has no list of images; captions_*.json or a Karpathy file (dataset_*.json) is meant")
-    return content
 
 
 def is_karpathy(content: dict[str, Any]) -> bool:
@@ -92,7 +78,7 @@ def list_official(images: Path, file: Path, content: dict[str, Any], split: str,
     folder = file.name.removeprefix("captions_").removesuffix(".json")
     captions, ids = Captions(), {}
     for entry in content["images"]:
-        name = _found(images, [entry["file_name"], f"{folder}/{entry['file_name']}"])
+        name = first_found(images, [entry["file_name"], f"{folder}/{entry['file_name']}"])
         ids.setdefault(name, entry["id"])
         captions.image(name)
         for caption, where in sentences.pop(entry["id"], []):
@@ -132,7 +118,7 @@ def list_karpathy(
         places.append(entry["filename"])
         if "cocoid" in entry:
             places += [f"{folder}/{entry['cocoid']:012d}.jpg" for folder in FOLDERS_2017]
-        name = _found(images, places)
+        name = first_found(images, places)
         captions.image(name)
         if "cocoid" in entry:
             ids.setdefault(name, entry["cocoid"])
@@ -162,7 +148,7 @@ def official_sentences(annotations: Path, content: dict[str, Any], splits: list[
         files = [
             annotations / f"captions_{folder}.json" for folder in sorted({e["filepath"] for e in content["images"] if e["split"] in splits})
         ]
-    sentences = {number: found for file in files for number, found in sentences_by_image(file, read_json(file)).items()}
+    sentences = {number: found for file in files for number, found in sentences_by_image(file, read_annotations(file, MEANT)).items()}
 
     def of(entry: dict[str, Any]) -> Sentences:
         if entry["cocoid"] not in sentences:
@@ -170,11 +156,6 @@ def official_sentences(annotations: Path, content: dict[str, Any], splits: list[
         return sentences[entry["cocoid"]]
 
     return of
-
-
-def _found(root: Path, places: list[str]) -> str:
-    """The first place at which there is a file, or the first of all."""
-    return next((place for place in places if os.path.isfile(root / place)), places[0])
 
 
 def _numbered(listing: Listing, ids: dict[str, int]) -> Listing:

@@ -312,6 +312,51 @@ def test_the_workers_of_a_killed_run_end_with_it(tmp_path):
     assert len(contents(tmp_path / "out")) == 400
 
 
+# a list of paths and labels
+
+
+def test_a_list_says_which_images_and_labels_as_places_publishes_it(tmp_path, capsys):
+    names = ["a/abbey/x 1.jpg", "a/abbey/2.jpg", "b/bar/1.jpg", "c/cave/1.jpg", "c/cave/deep/2.jpg"]
+    for n, name in enumerate(names):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_bytes(picture(n))
+    lines = ["a/abbey/x 1.jpg 0", "/b/bar/1.jpg 2", "", "c/cave/1.jpg,4", "c/cave/deep/2.jpg 4", "b/bar/1.jpg 2"]
+    (tmp_path / "list.csv").write_text("\r\n".join(lines))
+    assert run(image_folder, tmp_path / "in", tmp_path / "out", "--list", tmp_path / "list.csv", "--jobs", 1) == 0
+    assert sorted(contents(tmp_path / "out")) == sorted([(0, picture(0)), (2, picture(2)), (4, picture(3)), (4, picture(4))])
+    assert json.loads((tmp_path / "out" / "classes.json").read_text()) == ["a/abbey", "1", "b/bar", "3", "4"]
+    assert "4 images, 5 classes" in capsys.readouterr().out
+
+
+def test_what_is_wrong_with_a_list_is_named(tmp_path, capsys):
+    files = make_folder(tmp_path / "in")
+    lines = [f"{name} {n}" for n, name in enumerate(files)]
+    cases = [
+        ([*lines, "ant/000.jpg 99"], [], 0, "1 bad images were left out"),
+        ([*lines, "ant/none.jpg 1"], ["--max_missing", 0.5], 0, "1 images are missing"),
+        (
+            [*lines, "ant/none.jpg 1"],
+            [],
+            2,
+            "1 of 31 images are missing, more than the share 0.01 (--max_missing); the first: 'ant/none.jpg'",
+        ),
+        ([*lines, "ant/001.jpg"], [], 2, "line 31 of"),
+        (["ant/001.jpg cat"], [], 2, "is not `path label`, with a label from 0 to 1048575: 'ant/001.jpg cat'"),
+        ([" "], [], 2, "lists no images"),
+        (["ant/001.jpg 0", "ant/001.jpg 1"], [], 2, "lists no images with one label; the first: ant/001.jpg: listed with the labels 0, 1"),
+    ]
+    for number, (content, options, code, message) in enumerate(cases):
+        (tmp_path / "list").write_text("\n".join(content))
+        assert run(image_folder, tmp_path / "in", tmp_path / f"out{number}", "--list", tmp_path / "list", "--jobs", 1, *options) == code
+        output = capsys.readouterr()
+        assert message in output.out + output.err
+        assert (tmp_path / f"out{number}").exists() == (code == 0)
+    assert run(image_folder, tmp_path / "in", tmp_path / "out", "--list", tmp_path / "nowhere") == 2
+    assert "cannot read the list" in capsys.readouterr().err
+    assert run(image_folder, tmp_path / "in", tmp_path / "out", "--max_missing", 0.1) == 2
+    assert "--max_missing has no effect without --list" in capsys.readouterr().err
+
+
 # ImageNet
 
 

@@ -13,14 +13,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vicreg_mm.input.listing import Item, Listing, files_below, is_image, list_folder
+from vicreg_mm.input.listing import MAX_MISSING, Item, Listing, check_missing, files_below, is_image, list_folder
 from vicreg_mm.input.records import MAX_CAPTION, clean_caption
 
 PATH_COLUMNS = ("path", "image_path", "img_path", "file_path", "filepath", "file_name", "filename", "file", "image", "img", "image_file")
 CAPTION_COLUMNS = ("caption", "captions", "text", "title", "sentence", "sentences", "description")
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 MAX_CELL = 1 << 24  # characters; csv's own limit, 131,072, is less than some captions have
-MAX_MISSING = 0.01  # share of the images
 
 
 class Captions:
@@ -73,8 +72,6 @@ class Captions:
         searched: the places where images were looked for, if more than `root`.
         Raises ValueError if more than the share `max_missing` is not there, or if no image has a caption.
         """
-        if not 0 <= max_missing <= 1:
-            raise ValueError(f"max_missing is a share from 0 to 1, not {max_missing:g}")
         items, silent, missing = [], [], []
         for name, captions in sorted(self.of.items()):
             if not os.path.isfile(root / name):
@@ -83,11 +80,7 @@ class Captions:
                 items.append(Item(name, None, captions=tuple(captions)))
             else:
                 silent.append((name, self.why.get(name, "no caption")))
-        if len(missing) > max_missing * len(self.of):
-            raise ValueError(
-                f"{len(missing):,} of {len(self.of):,} images are missing, more than the share {max_missing:g} (--max_missing); "
-                f"the first: {missing[0][0]!r}, looked for in {searched or root}"
-            )
+        check_missing(missing, len(self.of), max_missing, searched or str(root))
         if not items:
             raise ValueError(f"none of the {len(self.of):,} images of {root} has a caption" + _first(silent))
         counts = Counter({"images are missing": len(missing), "images have no caption": len(silent)}) + self.counts
