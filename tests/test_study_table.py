@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from vicreg_mm.evaluation.tables import fixed_width, markdown
 from vicreg_mm.study import table
 
 
@@ -62,8 +63,8 @@ def test_the_table_shows_means_and_spreads_of_the_columns_that_any_run_has():
         ["all", "2", "0.6 ± 0.14", "1.5", "92.0 ± 2.8"],
         ["none", "1 of 2", "-", "-", "10.0"],
     ]
-    assert table.fixed_width(rows).splitlines()[::2] == [
+    assert fixed_width(rows).splitlines()[::2] == [
         "cell     runs          std   memory, GiB       kNN, %",
         "all         2   0.6 ± 0.14           1.5   92.0 ± 2.8",
     ]
-    assert table.markdown(rows).splitlines()[1:3] == ["| --- | --- | --- | --- | --- |", "| all | 2 | 0.6 ± 0.14 | 1.5 | 92.0 ± 2.8 |"]
+    assert markdown(rows).splitlines()[1:3] == ["| --- | --- | --- | --- | --- |", "| all | 2 | 0.6 ± 0.14 | 1.5 | 92.0 ± 2.8 |"]

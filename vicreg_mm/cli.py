@@ -31,13 +31,20 @@ def _views(arguments: list[str]) -> None:
 
 
 def _export(arguments: list[str]) -> None:
-    """export RUN --to LIBRARY     write a run's model as a folder that open_clip, timm or torchvision loads"""
+    """export RUN --to LIBRARY     write a model as a folder that open_clip, timm, transformers, torchvision, detectron2 or mmseg loads"""
     from vicreg_mm import export
 
     export.main(arguments)
 
 
-PROGRAMS = {"shards": _shards, "objectives": _objectives, "views": _views, "export": _export}
+def _report(arguments: list[str]) -> None:
+    """report [PATH ...]           make tables of everything that was measured in runs: text, --to markdown or csv"""
+    from vicreg_mm import report
+
+    report.main(arguments)
+
+
+PROGRAMS = {"shards": _shards, "objectives": _objectives, "views": _views, "export": _export, "report": _report}
 
 
 def main() -> None:

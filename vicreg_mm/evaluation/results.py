@@ -57,6 +57,11 @@ def headline_number(result: Mapping[str, Any], name: str, suffix: str = "") -> f
     raise ValueError(f"headline '{name}' is no number of the result, which holds {', '.join(part)}")
 
 
+def row_files(folder: Path) -> list[Path]:
+    """The files of all rows in a folder, by name and number."""
+    return sorted(folder.glob("*-*.json"))
+
+
 def read_rows(folder: Path) -> list[dict[str, Any]]:
     """All rows in a folder, by name and number."""
-    return [json.loads(path.read_text()) for path in sorted(folder.glob("*-*.json"))]
+    return [json.loads(path.read_text()) for path in row_files(folder)]

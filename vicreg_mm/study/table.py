@@ -1,4 +1,4 @@
-"""The table of a study: what each finished run wrote, its mean and standard deviation over the seeds, as text and as Markdown."""
+"""The table of a study: what each finished run wrote, its mean and standard deviation over the seeds."""
 
 import json
 import math
@@ -150,19 +150,6 @@ def _number(column: Column, mean: float, std: float | None) -> str:
         return f"{value:.{digits}g}" if column.decimals is None else f"{value:.{column.decimals}f}"
 
     return text(mean, 3) + (f" ± {text(std, 2)}" if column.spread and std is not None else "")
-
-
-def fixed_width(rows: Sequence[Sequence[str]]) -> str:
-    """The rows as text in columns, numbers to the right, a rule below the head."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["   ".join([r[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(r[1:], widths[1:], strict=True))]) for r in rows]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
-
-
-def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """The rows as a Markdown table."""
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])
 
 
 def notes(columns: Sequence[str]) -> list[str]:
