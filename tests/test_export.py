@@ -1,10 +1,11 @@
-"""Exported folders: what open_clip, timm and torchvision make of them, beside the run's own towers."""
+"""Exported folders: what open_clip, timm and torchvision make of them, beside the run's own towers; the names in detectron2 and mmseg."""
 
 import dataclasses
 import importlib.util
 import json
 import math
 import re
+from pathlib import Path
 
 import numpy as np
 import open_clip
@@ -24,6 +25,7 @@ from vicreg_mm import checkpoint, cli, export
 from vicreg_mm import config as configs
 from vicreg_mm.assemble import build_model
 from vicreg_mm.encoder_file import export_encoder
+from vicreg_mm.evaluation.results import write_row
 from vicreg_mm.evaluation.zero_shot import class_embeddings
 from vicreg_mm.input.tokenizers import ClipTokenizer, SentencePieceTokenizer, build_tokenizer, pack, train_sentencepiece
 from vicreg_mm.open_clip_model import to_open_clip
@@ -323,18 +325,102 @@ def test_torchvision_gives_the_features_of_a_resnet(digits, tmp_path, name):
     torch.testing.assert_close(plain.eval()(images), model.encoder(images), **EXACT)
 
 
+def run_of(digits, run, **encoder):
+    """The model of a run of images alone, of 64 pixels."""
+    return made(run, tiny_config(digits["train"], "", input__image_size=64, encoder=configs.EncoderConfig(**encoder)))
+
+
+def test_a_folder_for_the_hub_is_timms_with_the_hubs_card_and_claims_nothing_of_timms_own_weights(digits, tmp_path):
+    run_of(digits, tmp_path / "run", name="timm/test_vit", pooling="avg", mean=(0.5, 0.4, 0.3))
+    told = export.export(tmp_path / "run", "huggingface-folder", tmp_path / "hub")
+    export.export(tmp_path / "run", "timm", tmp_path / "timm")
+    assert told == ["README.md says 'license: unknown'; write yours there before it is uploaded"]
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "hub" / name).read_bytes() == (tmp_path / "timm" / name).read_bytes()
+    config = json.loads((tmp_path / "hub" / "config.json").read_text())
+    assert (config["architecture"], config["num_features"], config["global_pool"]) == ("test_vit", 64, "avg")
+    data = config["pretrained_cfg"]
+    assert (data["input_size"], data["mean"], data["interpolation"], data["crop_pct"]) == ([3, 64, 64], [0.5, 0.4, 0.3], "bicubic", 0.875)
+    assert not {"license", "tag", "url", "hf_hub_id"} & set(data)
+    assert "num_classes" not in config["model_args"]  # transformers gives it, too
+    card = (tmp_path / "hub" / "README.md").read_text()
+    assert card.startswith("---\nlicense: unknown\nlibrary_name: timm\npipeline_tag: image-feature-extraction\ntags: [")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="not installed")
+@torch.no_grad()
+def test_transformers_gives_the_features_of_a_folder_for_the_hub(digits, tmp_path):
+    from transformers import AutoModel
+
+    model = run_of(digits, tmp_path / "run", name="timm/test_vit")
+    export.export(tmp_path / "run", "huggingface-folder", tmp_path / "hub")
+    images = torch.randn(2, 3, 64, 64)
+    found = AutoModel.from_pretrained(tmp_path / "hub").eval()(images).pooler_output
+    torch.testing.assert_close(found, model.encoder(images), **EXACT)
+
+
+@pytest.mark.parametrize("library, entry", [("detectron2", "model"), ("mmseg", "state_dict")])
+@pytest.mark.parametrize("name, tensor", [("timm/resnet18", "layer1.0.conv1.weight"), ("timm/test_vit", "blocks.0.attn.qkv.weight")])
+def test_other_names_stand_in_a_file_with_nothing_to_run_and_its_card_tells_the_pixels(digits, tmp_path, library, entry, name, tensor):
+    model = run_of(digits, tmp_path / "run", name=name, mean=(0.485, 0.456, 0.406))
+    export.export(tmp_path / "run", library, tmp_path / "out")
+    found = torch.load(tmp_path / "out" / "model.pth", weights_only=True)
+    names = {"detectron2": {"layer1.0.conv1.weight": "res2.0.conv1.weight"}, "mmseg": {tensor: "layers.0.attn.attn.in_proj_weight"}}
+    theirs = tensor if library == "mmseg" and "layer1" in tensor else names[library].get(tensor, tensor)
+    assert torch.equal(found[entry][theirs], model.encoder.net.state_dict()[tensor])
+    code = _usage(tmp_path / "out")
+    assert "[123.675, 116.28, 103.53]" in code and ("RGB" in code or "bgr_to_rgb=True" in code)
+    compile(code, "card", "exec")
+    if library == "mmseg":
+        exec(code, used := {})
+        assert Path(used["model"]["backbone"]["init_cfg"]["checkpoint"]).is_file()
+
+
 @pytest.mark.parametrize(
-    "name, library, message",
+    "name, layer_scale, library, message",
     [
-        ("timm/test_vit", "torchvision", r"'timm/test_vit' is none of torchvision's ResNets.*--to timm"),
-        ("open_clip/tiny", "timm", r"'open_clip/tiny' is open_clip's.*--to open_clip"),
+        ("timm/test_vit", 0.0, "torchvision", r"'timm/test_vit' is none of torchvision's ResNets.*--to timm"),
+        ("open_clip/tiny", 0.0, "timm", r"'open_clip/tiny' is open_clip's.*--to open_clip"),
+        (
+            "timm/test_convnext",
+            0.0,
+            "detectron2",
+            r"'timm/test_convnext' is none of torchvision's ResNets.*a plain ViT of timm's.*--to timm",
+        ),
+        (
+            "timm/test_vit",
+            0.1,
+            "mmseg",
+            r"'timm/test_vit' has LayerScale, for which mmsegmentation's ViT has no place; export it --to timm",
+        ),
     ],
 )
-def test_a_library_that_has_not_the_network_is_refused(digits, tmp_path, name, library, message):
-    config = dataclasses.replace(tiny_config(digits["train"], ""), encoder=configs.EncoderConfig(name=name))
-    made(tmp_path / "run", dataclasses.replace(config, input=dataclasses.replace(config.input, image_size=64)))
+def test_a_library_that_has_not_the_network_is_refused(digits, tmp_path, name, layer_scale, library, message):
+    run_of(digits, tmp_path / "run", name=name, layer_scale=layer_scale)
     with pytest.raises(ValueError, match=message):
         export.export(tmp_path / "run", library, tmp_path / "out")
+
+
+@torch.no_grad()
+def test_an_encoder_that_is_a_file_or_of_a_run_of_another_kind_is_exported(digits, tmp_path):
+    run = tmp_path / "run"
+    model = run_of(digits, run, name="timm/test_vit")
+    told = {"name": "finetune", "encoder": "timm/test_vit@weights/start.pth", "batch": 8, "optim": {"name": "adamw", "lr": 0.25}}
+    (run / "config.json").write_text(json.dumps(told))
+    export.export(run, "timm", tmp_path / "tuned")
+    export.main([str(run / "encoder.safetensors"), "--to", "timm", "--out", str(tmp_path / "file")])
+    images = torch.randn(2, 3, 64, 64)
+    for name in ("tuned", "file"):
+        found = timm.create_model(f"local-dir:{tmp_path / name}", pretrained=True).eval()
+        torch.testing.assert_close(found(images), model.encoder(images), **EXACT)
+    card = (tmp_path / "tuned" / "README.md").read_text()
+    assert "# finetune" in card and "| from the encoder | timm/test_vit@start.pth |" in card and "| optim.lr | 0.25 |" in card
+    card = (tmp_path / "file" / "README.md").read_text()
+    assert "# timm/test_vit" in card and "## Training" not in card
+    with pytest.raises(ValueError, match=r"encoder\.safetensors holds no run \(no config\.json\).*give --out FOLDER"):
+        export.main([str(run / "encoder.safetensors"), "--to", "timm"])
+    with pytest.raises(ValueError, match=r"holds no run .* both towers"):
+        export.export(run / "encoder.safetensors", "open_clip", tmp_path / "out")
 
 
 # The folder -------------------------------------------------------------------------------------------------------------
@@ -368,10 +454,16 @@ def test_the_card_tells_of_the_run(digits, tmp_path):
     row = {"encoder": "pretrained encoder", "num_features": 96, "num_train": 10, "num_test": 5, "k": 3, "draws": 2}
     row |= {"knn": 0.625, "linear": 0.5, "one_label": 0.25, "one_label_std": 0.0}
     (run / "evaluation.json").write_text(json.dumps([row]))
+    row = {"evaluation": "knn", "encoder": {"source": str(run)}, "options": {"k": 20}, "result": {"top_1": 0.875}}
+    sets = {"train": {"path": str(tmp_path / "birds"), "edition": "0123456789abcdef", "num_samples": 12}}
+    write_row(run / "evaluations", {**row, "data": sets, "headline": {"top_1": "top-1, %"}})
     export.export(run, "timm", tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
-    for part in ("# my recipe", "library_name: timm", "| images | 1,500 |", "| steps | 7 |", "| loss/total | 1.25 |", "62.5"):
-        assert part in card
+    for part in (
+        "# my recipe", "library_name: timm", "| images | 1,500 |", "| steps | 7 |", "| loss/total | 1.25 |", "62.5",
+        "### knn: train birds (12 samples, edition 0123456789ab)", "| my recipe | 87.5 |",
+    ):  # fmt: skip
+        assert part in card, part
     assert "perf/x" not in card and "global_0" not in card and str(tmp_path) not in card
 
 
@@ -400,5 +492,5 @@ def test_a_run_without_a_checkpoint_is_named(digits, tmp_path):
     configs.save(pair_config(digits, ""), tmp_path / "config.json")
     with pytest.raises(ValueError, match=r"holds no checkpoint"):
         export.main([str(tmp_path), "--to", "open_clip"])
-    with pytest.raises(ValueError, match=r"invalid choice: 'onnx'.*usage: vicreg-mm export RUN --to open_clip\|timm\|torchvision"):
+    with pytest.raises(ValueError, match=r"invalid choice: 'onnx'.*usage: vicreg-mm export RUN_OR_FILE --to open_clip\|timm\|hug"):
         export.main([str(tmp_path), "--to", "onnx"])

@@ -96,13 +96,12 @@ def read_weights(weights: str, name: str) -> Weights:
 
 
 def _of_run(run: Path) -> Weights:
-    config = configs.load(run / "config.json")
-    path, e = run / EXPORT, config.encoder
-    if not path.is_file():
-        checkpoints = checkpoint.existing(run)
-        if not checkpoints:
-            raise CheckpointError(f"{run} has neither {EXPORT} nor a checkpoint yet; let it save one")
-        path = checkpoints[-1] / "model.safetensors"
+    if (run / EXPORT).is_file():  # it tells all that the configuration of a pretraining run does, and of other runs the same
+        return _of_file(run / EXPORT)
+    config, saved = configs.load(run / "config.json"), checkpoint.existing(run)
+    if not saved:
+        raise CheckpointError(f"{run} has neither {EXPORT} nor a checkpoint yet; let it save one")
+    path, e = saved[-1] / "model.safetensors", config.encoder
     return Weights(state_dicts.read_state_dict(path), str(path), e, config.input.image_size, e.mean, e.std)
 
 
@@ -160,8 +159,7 @@ def load_weights(encoder: VisionEncoder, weights: Weights, *, allow: Collection[
 
 def _resampled(encoder: VisionEncoder, own: dict[str, Any], weights: Weights, resample: bool) -> StateDict:
     prefix = state_dicts.find_prefix(own, weights.given.tensors, weights.source)
-    tensors, patch = dict(weights.given.tensors), encoder.patch_size or 0
-    done = False
+    tensors, patch, done = dict(weights.given.tensors), encoder.patch_size or 0, False
     for name in _POSITIONS if patch else ():
         theirs = tensors.get(prefix + name)
         if name not in own or theirs is None:
@@ -217,6 +215,7 @@ def open_encoder(
     image_size: int | None = None,
     allow: Collection[str] = (),
     resample: bool = False,
+    drop_path: float = 0.0,
     **options: Any,
 ) -> VisionEncoder:
     """The encoder "[NAME@]WEIGHTS" in eval mode on the CPU; what was left out of a source is printed by rank 0.
@@ -224,7 +223,8 @@ def open_encoder(
     "RUN", "RUN/encoder.safetensors", "torchvision/resnet50@resnet50.pth", "timm/vit_small_patch16_224@library:dino", "resnet50@random"
     (from torch's current random state), "package.module:function".
     image_size: None is that of the source, else the library's. options: those of `build_vision` that describe the network (pooling,
-    patch_size, stem, ..., mean and std), where the source doesn't. allow, resample: as in `load_weights`.
+    patch_size, stem, ..., mean and std), where the source doesn't. allow, resample: as in `load_weights`. drop_path: rate of stochastic
+    depth, for those who train it further; that of the source is not taken over.
     Raises ValueError for a source that isn't one, tells no architecture or another than NAME, or does not fit.
     """
     name, weights = split_source(source)
@@ -232,12 +232,12 @@ def open_encoder(
         for option, value in (("allow", allow), ("resample", resample)):
             if value:
                 raise ValueError(f"{option} has no effect on '{source}', which reads no weights; leave it out")
-        return build_vision(name, image_size=image_size, **options).eval()
+        return build_vision(name, image_size=image_size, drop_path=drop_path, **options).eval()
     found = read_weights(weights, name)
     e = _described(found, name, options)
     if not name and is_own(e.name) and Path(weights).is_file():  # a file that came from anywhere must not choose what is imported
         raise ValueError(f"{weights} is of the encoder of one's own '{e.name}'; give {e.name}@{weights}")
-    encoder = _build(e, image_size or found.image_size)
+    encoder = _build(dataclasses.replace(e, drop_path=drop_path), image_size or found.image_size)
     line = load_weights(encoder, found, allow=allow, resample=resample)
     if "; " in line and distributed.is_main():
         print(line, flush=True)
@@ -271,7 +271,7 @@ def _described(found: Weights, name: str, options: dict[str, Any]) -> EncoderCon
     e = found.architecture
     if name and SHORT_NAMES.get(name, name) != SHORT_NAMES.get(e.name, e.name):
         raise ValueError(f"{found.source} is of encoder '{e.name}', not '{name}'; leave out the name")
-    return dataclasses.replace(e, drop_path=0.0, zero_init_residual=None)
+    return dataclasses.replace(e, zero_init_residual=None)
 
 
 # Out --------------------------------------------------------------------------------------------------------------------

@@ -1,11 +1,13 @@
-"""The command `vicreg-mm export`: a run's trained model as a folder that another library loads, with a card that says what it is.
+"""The command `vicreg-mm export`: a trained model as a folder that another library loads, with a card that says what it is.
 
-open_clip    both towers, open_clip.create_model_and_transforms("local-dir:FOLDER"); what it holds: `open_clip_model`
-timm         the image encoder, timm.create_model("local-dir:FOLDER", pretrained=True)
-torchvision  the image encoder of a ResNet, as a state dict without `fc`
+open_clip           both towers, open_clip.create_model_and_transforms("local-dir:FOLDER"); what it holds: `open_clip_model`
+timm                the image encoder, timm.create_model("local-dir:FOLDER", pretrained=True)
+huggingface-folder  the same files, which transformers loads too, with the card that the Hugging Face hub wants
+torchvision         the image encoder of a ResNet, as a state dict without `fc`
+detectron2, mmseg   the image encoder, a ResNet or a plain ViT, under their names for its tensors
 
-Each folder is loaded in its library and compared with the run's own towers before it takes its name. Images are scaled to the size of the
-encoder and cropped there by open_clip; our own evaluation, and timm, scale to 256/224 of it first.
+The folders of the first four are loaded in their libraries and compared with the run's own towers before they take their names. Images are
+scaled to the size of the encoder and cropped there by open_clip; our own evaluation, and timm, scale to 256/224 of it first.
 """
 
 import argparse
@@ -17,21 +19,20 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from safetensors.torch import save_file
+from torch import Tensor
 
 from vicreg_mm import checkpoint
 from vicreg_mm import config as configs
 from vicreg_mm.assemble import build_model, needs_of
-from vicreg_mm.encoder_file import EXPORT, open_encoder
-from vicreg_mm.encoders import VisionEncoder
+from vicreg_mm.encoder_file import open_encoder
+from vicreg_mm.image_export import WRITERS, random_images, refusing, require_equal
 from vicreg_mm.input.tokenizer_json import tokenizer_json
 from vicreg_mm.input.tokenizers import ClipTokenizer, Tokenizer, pack
 from vicreg_mm.model_card import model_card
-from vicreg_mm.open_clip_model import compared, library_and_name, to_open_clip
+from vicreg_mm.open_clip_model import compared, to_open_clip
 
-WEIGHTS = "model.safetensors"
-TOLERANCE = 1e-4  # (assumed) of the largest feature; rounding is below 1e-5, another network above 1e-2
+LIBRARIES = ("open_clip", *WRITERS)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -41,30 +42,44 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: list[str]) -> None:
     """Export what the arguments ask for."""
-    parser = _Parser(usage=f"vicreg-mm export RUN --to {'|'.join(EXPORTS)} [--out FOLDER]", allow_abbrev=False)
-    parser.add_argument("run", type=Path, help="run directory")
-    parser.add_argument("--to", required=True, choices=list(EXPORTS), help="the library that shall load it")
+    parser = _Parser(usage=f"vicreg-mm export RUN_OR_FILE --to {'|'.join(LIBRARIES)} [--out FOLDER]", allow_abbrev=False)
+    parser.add_argument("source", help="run directory; for all but open_clip also any image encoder, [NAME@]WEIGHTS")
+    parser.add_argument("--to", required=True, choices=LIBRARIES, help="the library that shall load it")
     parser.add_argument("--out", type=Path, help="folder to write (default: RUN/LIBRARY)")
     options = parser.parse_args(arguments)
-    if not (options.run / "config.json").is_file():
-        raise ValueError(f"{options.run} holds no run (no config.json)")
-    out = options.out or options.run / options.to
-    for line in export(options.run, options.to, out):
+    if not options.out and not _is_run(options.source):
+        raise ValueError(f"{options.source} holds no run (no config.json), into which the folder would go; give --out FOLDER")
+    out = options.out or Path(options.source) / options.to
+    for line in export(options.source, options.to, out):
         print(line)
     print(f"{options.to}: {out}")
 
 
-def export(run: Path, library: str, out: Path) -> list[str]:
-    """Write the model of a run directory for a library, one of `EXPORTS`, whole or not at all; returns what the user must be told.
+def export(source: str | Path, library: str, out: Path) -> list[str]:
+    """Write a model for a library, one of `LIBRARIES`, whole or not at all; returns what the user must be told.
 
+    source: a run directory; where the image encoder alone is wanted any that `open_encoder` takes.
     Raises ValueError for what the library cannot hold, a run without what is asked for, and an `out` that is not empty.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {out} exists and is not empty; remove it or name another folder")
     with _whole(out) as folder, torch.random.fork_rng(devices=[]):
-        usage, told = EXPORTS[library](run, folder)
-        (folder / "README.md").write_text(model_card(run, library, usage))
+        if library == "open_clip":
+            if not _is_run(source):
+                raise ValueError(f"{source} holds no run (no config.json), from which both towers would be taken")
+            usage, told = _open_clip(Path(source), folder)
+            name = configs.load(Path(source) / "config.json").encoder.name
+        else:
+            encoder = open_encoder(str(source))
+            usage, told, name = WRITERS[library](encoder, folder), [], encoder.name
+        if library == "huggingface-folder":
+            told.append("README.md says 'license: unknown'; write yours there before it is uploaded")
+        (folder / "README.md").write_text(model_card(Path(source) if _is_run(source) else None, library, name, usage))
     return told
+
+
+def _is_run(source: str | Path) -> bool:
+    return (Path(source) / "config.json").is_file()
 
 
 @contextmanager
@@ -102,12 +117,12 @@ def _open_clip(run: Path, folder: Path) -> tuple[str, list[str]]:
     content = {"model_cfg": found.model_cfg, "preprocess_cfg": found.preprocess_cfg}
     (folder / "open_clip_config.json").write_text(json.dumps(content, indent=2) + "\n")
     save_file(found.tensors, folder / "open_clip_model.safetensors", metadata={"format": "pt"})
-    images, tokens = _images(model.encoder), _tokens(tokenizer, config.text.context)
+    images, tokens = random_images(model.encoder), _tokens(tokenizer, config.text.context)
     with torch.no_grad():
         ours = compared(model, images, tokens)
-    with _refusing(f"open_clip cannot hold encoder '{model.encoder.name}' as it was trained", "export it --to timm"), torch.no_grad():
+    with refusing(f"open_clip cannot hold encoder '{model.encoder.name}' as it was trained", "export it --to timm"), torch.no_grad():
         theirs = open_clip.create_model(f"local-dir:{folder}").eval()
-        _require_equal(ours, (theirs.encode_image(images), theirs.encode_text(tokens)))
+        require_equal(ours, (theirs.encode_image(images), theirs.encode_text(tokens)))
     if found.image_width != found.text_width:
         told.append(
             f"images have {found.image_width} features and texts {found.text_width}: open_clip can encode both but not compare them; "
@@ -156,99 +171,8 @@ def tokenizer(texts):
 """
 
 
-# The image encoder alone ------------------------------------------------------------------------------------------------
-
-
-def _timm(run: Path, folder: Path) -> tuple[str, list[str]]:
-    import timm
-    from timm.models import save_for_hf
-
-    encoder = open_encoder(str(run))
-    library, architecture = library_and_name(encoder)
-    if library == "open_clip":
-        raise ValueError(f"encoder '{encoder.name}' is open_clip's, and timm has other names for it; export the run --to open_clip")
-    net: Any = encoder.net
-    if library == "torchvision":  # the same network under the same keys
-        net = timm.create_model(architecture, num_classes=0)
-        checkpoint.load_strictly(net, encoder.net.state_dict(), f"encoder '{encoder.name}'")
-    size = encoder.input_size
-    data = {"input_size": (3, size, size), "mean": encoder.mean, "std": encoder.std, "interpolation": "bicubic", "crop_pct": 0.875}
-    save_for_hf(net, str(folder), safe_serialization=True, data_config=data)
-    with _refusing(f"timm cannot build encoder '{encoder.name}' from its configuration", f"its weights are in {EXPORT} of the run"):
-        theirs = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-        _compare(encoder, theirs)
-    usage = (
-        'import timm\n\nmodel = timm.create_model("local-dir:FOLDER", pretrained=True).eval()\n'
-        "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))\n"
-        f"features = model(transform(image)[None])  # [1, {encoder.num_features}]"
-    )
-    return usage, []
-
-
-def _torchvision(run: Path, folder: Path) -> tuple[str, list[str]]:
-    import torchvision
-
-    encoder = open_encoder(str(run))
-    library, architecture = library_and_name(encoder)
-    known = torchvision.models.list_models(module=torchvision.models, include="*resn*t*")
-    if library == "open_clip" or architecture not in known:
-        raise ValueError(
-            f"encoder '{encoder.name}' is none of torchvision's ResNets ({', '.join(known)}); export it --to timm or open_clip"
-        )
-    size, theirs = encoder.input_size, torchvision.models.get_model(architecture, weights=None)
-    theirs.fc = nn.Identity()
-    save_file({key: value.contiguous() for key, value in encoder.net.state_dict().items()}, folder / WEIGHTS, metadata={"format": "pt"})
-    with _refusing(f"encoder '{encoder.name}' is another network than torchvision's {architecture}", "export it --to timm"):
-        theirs.load_state_dict(load_file(folder / WEIGHTS))
-        _compare(encoder, theirs.eval())
-    usage = (
-        "import torch\nimport torchvision\nfrom safetensors.torch import load_file\n\n"
-        f"model = torchvision.models.{architecture}()\nmodel.fc = torch.nn.Identity()\n"
-        f'model.load_state_dict(load_file("FOLDER/{WEIGHTS}"))\n'
-        f"features = model.eval()((images - torch.tensor({encoder.mean})[:, None, None]) / torch.tensor({encoder.std})[:, None, None])"
-        f"  # [N, 3, {size}, {size}] in [0, 1]"
-    )
-    return usage, []
-
-
-EXPORTS = {"open_clip": _open_clip, "timm": _timm, "torchvision": _torchvision}
-
-
-# The proof --------------------------------------------------------------------------------------------------------------
-
-
-def _images(encoder: VisionEncoder) -> Tensor:
-    torch.manual_seed(0)
-    return torch.randn(2, 3, encoder.input_size, encoder.input_size)
-
-
 def _tokens(tokenizer: Tokenizer, context: int) -> Tensor:
     """Rows of random ids, one that fills the context and one that ends before."""
     ids = torch.randint(tokenizer.vocab_size, (context,))
     kept = [i for i in ids.tolist() if i not in (tokenizer.pad_id, tokenizer.start_id, tokenizer.end_id)]
     return torch.stack([torch.from_numpy(pack(part, context, tokenizer)) for part in (kept, kept[:1])])
-
-
-def _compare(encoder: VisionEncoder, theirs: nn.Module) -> None:
-    images = _images(encoder)
-    with torch.no_grad():
-        _require_equal((encoder(images),), (theirs(images),))
-
-
-def _require_equal(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...]) -> None:
-    for own, loaded in zip(ours, theirs, strict=True):
-        if own.shape != loaded.shape:
-            raise ValueError(f"it gives features of shape {list(loaded.shape)} where ours give {list(own.shape)}")
-        difference = ((own - loaded).abs().max() / own.abs().max()).item()
-        if not difference <= TOLERANCE:
-            raise ValueError(f"its features differ by {difference:.1e} of the largest")
-
-
-@contextmanager
-def _refusing(problem: str, remedy: str) -> Iterator[None]:
-    """An error while a library loads what was written becomes one line: the library builds another network under that name."""
-    try:
-        yield
-    except (ValueError, RuntimeError, AssertionError, TypeError, AttributeError) as error:
-        said = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise ValueError(f"{problem}: {' '.join(said[:2])[:300]}; {remedy}") from error
