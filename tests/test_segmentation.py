@@ -1,5 +1,6 @@
-"""The segmentation model: its loss, the encoders that it takes, and what it makes of a whole picture."""
+"""The segmentation model: its loss, the encoders that it takes, what it makes of a whole picture, and how that is drawn."""
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -8,6 +9,7 @@ from vicreg_mm.encoders import build_vision
 from vicreg_mm.transfer.confusion import IGNORED
 from vicreg_mm.transfer.segmentation import MaskBatch, Segmenter
 from vicreg_mm.transfer.segmentation_inference import Inference, sliding_scores, window_starts
+from vicreg_mm.transfer.segmentation_sheet import GAP, LINE, MARGIN, colours, sheet
 
 ENCODERS = ["timm/test_resnet", "timm/test_vit", "timm/test_convnext", "torchvision/resnet18"]
 
@@ -124,3 +126,23 @@ def test_several_scales_and_mirror_images_are_averaged_as_probabilities(trained)
         for scores in (trained.scores(x), trained.scores(x.flip(-1)).flip(-1)):
             total = total + F.interpolate(scores, size=(48, 64), mode="bilinear").softmax(1)
     assert (found == total.argmax(1)[0]).float().mean() > 0.99  # resizing rounds differently on some pixels
+
+
+# The picture ---------------------------------------------------------------------------------------------------------------
+
+
+def test_the_sheet_shows_image_truth_and_prediction_side_by_side_in_the_colours_of_the_classes():
+    truth = np.zeros((90, 120), np.uint8)
+    truth[45:] = IGNORED
+    prediction = np.full((90, 120), 2)
+    image = np.full((90, 120, 3), 77, np.uint8)
+    drawn = np.asarray(sheet(image, truth, prediction, ["a", "b", "c"], "title"))
+    top, step = MARGIN + 2 * LINE, 4 * 120 + GAP  # enlarged four times
+    panels = [drawn[top : top + 4 * 90, MARGIN + n * step : MARGIN + n * step + 4 * 120] for n in range(3)]
+    assert panels[0][100, 100].tolist() == [77] * 3
+    assert panels[1][100, 100].tolist() == colours(3)[0].tolist() and panels[1][300, 100].tolist() == [255] * 3
+    assert panels[2][100, 100].tolist() == colours(3)[2].tolist()
+
+
+def test_no_two_of_150_classes_have_the_same_colour():
+    assert len({tuple(colour) for colour in colours(150).tolist()}) == 150

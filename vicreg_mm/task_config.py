@@ -6,6 +6,8 @@ from typing import Any, ClassVar, Self
 
 from vicreg_mm.training_config import ConfigError, MonitorConfig, TrainingConfig, check_signs, check_training
 
+BUILTIN_SCENES = "builtin:scenes"
+
 
 @dataclass(frozen=True)
 class TaskConfig(TrainingConfig):

@@ -92,6 +92,12 @@ class Segmenter(nn.Module):
     def encoder(self) -> VisionEncoder:
         return (self.maps.stages if isinstance(self.maps, MultiTapPyramid) else self.maps).encoder
 
+    @property
+    def heads(self) -> list[nn.Module]:
+        """All parts but the encoder."""
+        parts = [*(self.maps.children() if not isinstance(self.maps, StageMaps) else ()), self.head, self.auxiliary_head]
+        return [part for part in parts if part is not None and part is not getattr(self.maps, "stages", None)]
+
     def scores(self, images: Tensor) -> Tensor:
         """uint8 [N, 3, H, W] -> float32 [N, C, H, W], before the softmax."""
         return self._enlarged(self.head(self.maps(self.normalize(images))), images, level=0)

@@ -1,0 +1,116 @@
+"""What a training of semantic segmentation is told. Imports no torch."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Self
+
+from vicreg_mm.task_config import BUILTIN_SCENES, TaskConfig
+from vicreg_mm.training_config import ConfigError, check_effects, check_signs
+
+
+@dataclass(frozen=True)
+class SegmentationConfig(TaskConfig):
+    """A complete training of a segmentation model."""
+
+    free_to_change: ClassVar[tuple[str, ...]] = (
+        *TaskConfig.free_to_change, "data", "val", "inference", "stride", "eval_factors", "eval_flip",
+    )  # fmt: skip
+    sets: ClassVar[tuple[str, ...]] = ("data",)
+    in_miniature: ClassVar[dict[str, Any]] = {
+        "data": BUILTIN_SCENES, "encoder": "timm/test_resnet@random", "batch": 8, "scale": (160, 128), "crop": 96, "stride": 64,
+        "width": 64, "drop_path": 0.0, "taps": (), "allow": (), "resample": False, "draw": 4,
+    }  # fmt: skip
+    miniature_data: ClassVar[str] = "the built-in scenes"
+
+    data: str = ""
+    """Folder of images and masks: ADE20K's, Cityscapes', Pascal VOC's (VOC2012), or images/SPLIT and masks/SPLIT; "builtin:scenes"."""
+    train: str = "train"
+    """The split to train on: train, or the set's own name of one (Pascal VOC: trainaug, where there is such a list)."""
+    val: str = "val"
+    """The split to evaluate."""
+    num_classes: int = 0
+    """Number of classes, where the folder has no classes.json."""
+    reduce_zero_label: bool | None = None
+    """Drop label 0, and count the classes from 1; None: in folders as ADE20K's alone."""
+    head: Literal["upernet", "linear", "linear4"] = "upernet"
+    """linear: BatchNorm and a linear map of the last feature map; linear4: of the last four together."""
+    frozen: bool = False
+    """Keep the encoder as it is."""
+    taps: tuple[int, ...] = ()
+    """Which maps: blocks of a ViT, stages of other networks, from 0; none: the published ones."""
+    batchnorm: Literal["sync", "train", "frozen"] = "sync"
+    """The encoder's BatchNorm: statistics of all ranks, of this one, or those that came with the weights."""
+    drop_path: float = 0.0
+    """Stochastic depth rate of the encoder."""
+    width: int = 512
+    """Channels of UperNet."""
+    auxiliary: float = 0.4
+    """Weight of UperNet's auxiliary head; 0: none."""
+    dropout: float = 0.1
+    """Of UperNet's last channels."""
+    crop: int = 512
+    """Side of a training crop, and of a window."""
+    scale: tuple[int, int] = (2048, 512)
+    """An image is fitted into these pixels, long and short side; in training times a factor from `ratio`."""
+    ratio: tuple[float, float] = (0.5, 2.0)
+    """From and to."""
+    cat_max_ratio: float = 0.75
+    """A crop with this share of one class is drawn again; 1: never."""
+    flip: float = 0.5
+    """Probability of a mirror image."""
+    distortion: bool = True
+    """Brightness, contrast, saturation and hue."""
+    inference: Literal["slide", "whole"] = "slide"
+    """slide: windows of `crop` pixels every `stride`; whole: the image at once."""
+    stride: int = 341
+    """Pixels between two windows."""
+    eval_factors: tuple[float, ...] = (1.0,)
+    """Multiples of `scale` at which images are evaluated; multi-scale as published: 0.5 0.75 1.0 1.25 1.5 1.75."""
+    eval_flip: bool = False
+    """Evaluate mirror images, too."""
+
+    def miniature(self) -> Self:
+        """The smoke profile."""
+        small = super().miniature()
+        # (assumed) rates at which so small a network learns in so few steps
+        rate = {"adamw": 2e-3, "sgd": 0.05}.get(small.optim.name, small.optim.lr)
+        return dataclasses.replace(small, optim=dataclasses.replace(small.optim, lr=rate, lr_batch=small.batch, layer_decay=1.0))
+
+    def check(self) -> None:
+        """Raise ConfigError for values that no such training can have."""
+        super().check()
+        check_signs(self, ("width", "crop", "stride"), ("num_classes", "auxiliary"))
+        for name in ("drop_path", "dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it is a rate, from 0 to below 1")
+        for name in ("flip", "cat_max_ratio"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it is a share, from 0 to 1")
+        if min(self.scale) < 1:
+            raise ConfigError(f"scale is {self.scale}; both sides must be positive")
+        if not 0 < self.ratio[0] <= self.ratio[1]:
+            raise ConfigError(f"ratio is {self.ratio}; two positive factors are needed, the smaller first")
+        if not self.eval_factors or min(self.eval_factors) <= 0:
+            raise ConfigError(f"eval_factors is {self.eval_factors}; one or more positive ones are needed")
+        if self.stride > self.crop:
+            raise ConfigError(f"stride is {self.stride}, above crop {self.crop}: windows would leave pixels out")
+        if self.batch < 2:
+            raise ConfigError(f"batch is {self.batch}; BatchNorm of what is pooled over a whole crop needs at least 2 images")
+        if self.engine.zero_stage == 3:
+            raise ConfigError(
+                "engine.zero_stage 3 gathers parameters for all ranks at once, but images of different sizes are evaluated in different "
+                "numbers of windows; use --engine.zero_stage 2"
+            )
+        linear, frozen = self.head != "upernet" and f"head {self.head} has none", self.frozen and "the encoder is frozen"
+        check_effects(
+            self,
+            {
+                "width": linear,
+                "auxiliary": linear,
+                "dropout": linear,
+                "drop_path": frozen,
+                "batchnorm": frozen,
+                "engine.activation_checkpointing": frozen,
+                "stride": self.inference == "whole" and "inference whole has no windows",
+            },
+        )
