@@ -14,7 +14,7 @@ from vicreg_mm.training_config import ConfigError
 from vicreg_mm.transfer.detection import DetectionBatch, _pool, build_detector
 from vicreg_mm.transfer.detection_config import DetectionConfig
 
-TINY = DetectionConfig(name="tiny", norm="none", anchors=(8, 16, 32, 64, 128), proposals=20, sampled_regions=16)
+TINY = DetectionConfig(name="tiny", width=64, norm="none", anchors=(8, 16, 32, 64, 128), proposals=20, sampled_regions=16)
 
 
 def tiny(**changes):
@@ -43,7 +43,7 @@ def pyramid():
 
 def test_losses_are_those_of_torchvisions_own_model_with_the_same_weights():
     torch.manual_seed(0)
-    ours = build_detector(build_vision("torchvision/resnet18"), 3, TINY).train()
+    ours = build_detector(build_vision("torchvision/resnet18"), 3, tiny(width=256)).train()
     theirs = MaskRCNN(
         resnet_fpn_backbone(backbone_name="resnet18", weights=None, norm_layer=torch.nn.BatchNorm2d, trainable_layers=5), 4,
         rpn_anchor_generator=AnchorGenerator(tuple((a,) for a in TINY.anchors), ((0.5, 1.0, 2.0),) * 5), box_batch_size_per_image=16,

@@ -19,7 +19,8 @@ def find_coco(folder: str | Path, split: str) -> tuple[Path, Path]:
     """The annotations and the images of a split ("train", "val") below a folder.
 
     Annotations: the one instances_SPLIT*.json in FOLDER/annotations or FOLDER. Images: FOLDER/SPLIT2017 where the file is
-    instances_SPLIT2017.json, the same below FOLDER/images, FOLDER/images itself or FOLDER: the first that holds an image that is listed.
+    instances_SPLIT2017.json, the same below FOLDER/images, FOLDER/images/{training,validation}, FOLDER/images or FOLDER: the first that
+    holds an image that is listed.
     Raises ValueError that tells what was looked for.
     """
     folder = Path(folder)
@@ -29,7 +30,8 @@ def find_coco(folder: str | Path, split: str) -> tuple[Path, Path]:
         raise ValueError(f"{folder} should hold one annotations/instances_{split}*.json, as instances_{split}2017.json; there is: {there}")
     inner = found[0].stem.removeprefix("instances_")
     names = [str(image["file_name"]) for image in _read(found[0])["images"][:100]]
-    places = [folder / inner, folder / "images" / inner, folder / "images", folder]
+    as_in_ade20k = {"train": "training", "val": "validation"}.get(split, split)
+    places = [folder / inner, *(folder / "images" / name for name in (inner, as_in_ade20k, "")), folder]
     for place in places:
         if files_in(place, names):
             return found[0], place

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead
-from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.rpn import RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import MultiScaleRoIAlign
@@ -29,7 +29,6 @@ from vicreg_mm.transfer.detection_config import DetectionConfig
 from vicreg_mm.transfer.pyramid import FeaturePyramid, SimpleFeaturePyramid
 
 RATIOS = (0.5, 1.0, 2.0)  # height / width of the anchors
-PYRAMID_WIDTH, HEAD_WIDTH = 256, 1024
 LOGS = {
     "loss_classifier": "loss/classifier", "loss_box_reg": "loss/box", "loss_mask": "loss/mask", "loss_objectness": "loss/objectness",
     "loss_rpn_box_reg": "loss/rpn_box",
@@ -145,23 +144,22 @@ def build_detector(encoder: VisionEncoder, num_classes: int, config: DetectionCo
 
 
 def _on_pyramid(encoder: VisionEncoder, num_classes: int, config: DetectionConfig) -> dict[str, Any]:
-    norm = _norm_layer(config.norm)
+    norm, width, fc_width = _norm_layer(config.norm), config.width, 4 * config.width
     last = StageMaps(encoder, taps=[-1])
-    backbone = SimpleFeaturePyramid(last, PYRAMID_WIDTH) if last.plain else FeaturePyramid(StageMaps(encoder), PYRAMID_WIDTH, norm)
-    anchors = AnchorGenerator(tuple((size,) for size in config.anchors), (RATIOS,) * len(config.anchors))
+    backbone = SimpleFeaturePyramid(last, width) if last.plain else FeaturePyramid(StageMaps(encoder), width, norm)
+    fc = config.box_head == "2fc"
     parts: dict[str, Any] = {
         "backbone": backbone,
-        "num_classes": num_classes + 1,
-        "rpn_anchor_generator": anchors,
-        "rpn_head": RPNHead(PYRAMID_WIDTH, len(RATIOS), config.rpn_convs),
+        "rpn_anchor_generator": AnchorGenerator(tuple((size,) for size in config.anchors), (RATIOS,) * len(config.anchors)),
+        "rpn_head": RPNHead(width, len(RATIOS), config.rpn_convs),
         "box_roi_pool": _pool(backbone.strides[:4], 7),
-        "box_head": TwoMLPHead(PYRAMID_WIDTH * 7 * 7, HEAD_WIDTH)
-        if config.box_head == "2fc"
-        else FastRCNNConvFCHead((PYRAMID_WIDTH, 7, 7), [PYRAMID_WIDTH] * 4, [HEAD_WIDTH], norm),
+        "box_head": TwoMLPHead(width * 7 * 7, fc_width) if fc else FastRCNNConvFCHead((width, 7, 7), [width] * 4, [fc_width], norm),
+        "box_predictor": FastRCNNPredictor(fc_width, num_classes + 1),
     }
     if config.detector == "mask_rcnn":
         parts["mask_roi_pool"] = _pool(backbone.strides[:4], 14)
-        parts["mask_head"] = MaskRCNNHeads(PYRAMID_WIDTH, [PYRAMID_WIDTH] * 4, 1, norm)
+        parts["mask_head"] = MaskRCNNHeads(width, [width] * 4, 1, norm)
+        parts["mask_predictor"] = MaskRCNNPredictor(width, width, num_classes + 1)
     return parts
 
 

@@ -15,7 +15,7 @@ class DetectionConfig(TaskConfig):
     sets: ClassVar[tuple[str, ...]] = ("data",)
     in_miniature: ClassVar[dict[str, Any]] = {
         "data": BUILTIN_SCENES, "batch": 4, "short_sides": (128,), "max_side": 192, "jitter_side": 128, "test_short_side": 128,
-        "anchors": (8, 16, 32, 64, 128), "proposals": 100, "sampled_regions": 64, "draw": 4,
+        "anchors": (8, 16, 32, 64, 128), "width": 64, "proposals": 100, "sampled_regions": 32, "draw": 4,
     }  # fmt: skip
     miniature_data: ClassVar[str] = "the built-in scenes"
 
@@ -31,6 +31,8 @@ class DetectionConfig(TaskConfig):
     """In the pyramid of a hierarchical network, the heads' convolutions, and behind the last stage of c4."""
     batchnorm: Literal["sync", "train", "frozen"] = "sync"
     """Statistics of every BatchNorm: of all ranks, of each rank, or in the encoder those that it came with."""
+    width: int = 256
+    """Channels of the pyramid and of the heads' convolutions; the box head's layers have four times as many."""
     rpn_convs: int = 1
     """3 x 3 convolutions before the proposals."""
     rpn_loss_weight: float = 1.0
@@ -70,7 +72,7 @@ class DetectionConfig(TaskConfig):
     def check(self) -> None:
         """Raise ConfigError for values that no detector can have, too."""
         super().check()
-        positive = ("max_side", "test_short_side", "jitter_side", "proposals", "sampled_regions", "rpn_convs")
+        positive = ("max_side", "test_short_side", "jitter_side", "width", "proposals", "sampled_regions", "rpn_convs")
         check_signs(self, positive, ("rpn_loss_weight", "drop_path", "window"))
         if not self.short_sides or min(self.short_sides) < 1 or not self.anchors or min(self.anchors) < 1:
             raise ConfigError(f"short_sides {self.short_sides} and anchors {self.anchors} must be positive, and at least one of each")
@@ -90,6 +92,7 @@ class DetectionConfig(TaskConfig):
                 {
                     **{name: jitter and "augmentation jitter has a square" for name in ("short_sides", "max_side", "test_short_side")},
                     **{name: not jitter and "augmentation is shortest_size" for name in ("jitter_side", "jitter_scale")},
+                    "width": c4 and "faster_rcnn_c4 has no pyramid",
                     "box_head": c4 and "the last stage is the box head of faster_rcnn_c4",
                 },
             )

@@ -1,0 +1,99 @@
+"""What a detector finds in a set, and how good that is: every image once over all ranks, average precision on rank 0."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pycocotools import mask as run_lengths
+from torch import Tensor
+
+from vicreg_mm import distributed
+from vicreg_mm.input.batches import OrderedBatches
+from vicreg_mm.transfer.average_precision import (
+    Detections,
+    coco_average_precision,
+    gather_detections,
+    voc_average_precision,
+)
+from vicreg_mm.transfer.detection import Detector
+from vicreg_mm.transfer.instances import InstanceSet, from_corners
+
+MASK_THRESHOLD = 0.5
+
+
+def find(detector: Detector, batches: OrderedBatches, device: torch.device) -> tuple[list[Detections], list[str]]:
+    """What is found in this rank's images, and a message for each that could not be read. The detector's mode is as it was afterwards."""
+    found, bad = [], []
+    training = detector.training
+    detector.eval()
+    try:
+        for batch in batches:
+            bad += batch.bad
+            moved = batch.to(device, non_blocking=True)
+            for row, image, size in zip(batch.rows.tolist(), moved.images, batch.sizes, strict=True):
+                found.append(as_detections(row, detector.predict(image, size)))
+    finally:
+        detector.train(training)
+    return found, bad
+
+
+def as_detections(row: int, prediction: Mapping[str, Tensor]) -> Detections:
+    """A prediction on the host, its masks cut off at 1/2 and packed."""
+    boxes, scores, labels = (prediction[name].cpu().numpy() for name in ("boxes", "scores", "labels"))
+    masks = None
+    if "masks" in prediction:
+        # one at a time: a hundred masks of probabilities are as large as the set's largest image
+        packed = [
+            run_lengths.encode(np.asfortranarray((mask[0] >= MASK_THRESHOLD).cpu().numpy(), np.uint8)) for mask in prediction["masks"]
+        ]
+        masks = tuple(packed)
+    return Detections(row, boxes, scores, labels, masks)
+
+
+def evaluate(
+    detector: Detector, images: InstanceSet, batches: OrderedBatches, device: torch.device, rules: str = "coco"
+) -> tuple[dict[str, float], list[Detections] | None]:
+    """Average precision, the same on all ranks, and all detections on rank 0. All ranks must call it.
+
+    rules: "coco" or "voc". Beside the metrics, `num_images` looked at and `num_bad_images` that could not be read; the first is named.
+    """
+    own, bad = find(detector, batches, device)
+    found, faults = gather_detections(own), distributed.gather_objects(bad)
+    result: dict[str, float] = {}
+    if found is not None and faults is not None:
+        messages = [message for part in faults for message in part]
+        if messages:
+            print(f"{len(messages)} images could not be evaluated, the first: {messages[0]}", flush=True)
+        metrics = voc_average_precision(images, found) if rules == "voc" else coco_average_precision(images, found)
+        result = {**metrics, "num_images": len(found), "num_bad_images": len(messages)}
+    return distributed.broadcast_object(result), found
+
+
+def write_detections(path: Path, images: InstanceSet, found: Sequence[Detections]) -> None:
+    """All detections in COCO's format of results, with the set's own image and category ids, as its evaluation servers take them."""
+    results: list[dict[str, Any]] = []
+    for one in found:
+        for n, box in enumerate(from_corners(one.boxes)):
+            result = {
+                "image_id": int(images.ids[one.row]), "category_id": images.category_ids[one.labels[n] - 1],
+                "bbox": [round(float(edge), 3) for edge in box], "score": round(float(one.scores[n]), 5),
+            }  # fmt: skip
+            if one.masks is not None:
+                result["segmentation"] = {"size": list(one.masks[n]["size"]), "counts": one.masks[n]["counts"].decode()}
+            results.append(result)
+    path.write_text(json.dumps(results) + "\n")
+
+
+def detection_table(result: Mapping[str, float]) -> str:
+    """The metrics in percent, a line for boxes and one for masks."""
+    kinds = [kind for kind in ("box", "mask") if f"{kind}/AP" in result]
+    names = [name.partition("/")[2] for name in result if name.startswith("box/")]
+    width = max(map(len, names)) + 2
+    lines = ["".ljust(6) + "".join(name.rjust(width) for name in names)]
+    for kind in kinds:
+        cells = (f"{100 * result[f'{kind}/{name}']:.1f}" if result[f"{kind}/{name}"] == result[f"{kind}/{name}"] else "-" for name in names)
+        lines.append(kind.ljust(6) + "".join(cell.rjust(width) for cell in cells))
+    return "\n".join(lines)
