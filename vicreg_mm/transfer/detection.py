@@ -90,6 +90,15 @@ class Detector(nn.Module):
         loss = weight * sum(weights.get(name, 1.0) * value for name, value in losses.items())
         return loss, {"loss/total": loss.detach(), **logs}
 
+    @property
+    def encoder(self) -> VisionEncoder:
+        return self.net.backbone.stages.encoder
+
+    @property
+    def heads(self) -> list[nn.Module]:
+        """All but the encoder."""
+        return [*(part for name, part in self.net.backbone.named_children() if name != "stages"), self.net.rpn, self.net.roi_heads]
+
     @torch.no_grad()
     def predict(self, image: Tensor, size: tuple[int, int]) -> dict[str, Tensor]:
         """What is found in an image uint8 [3, h, w], for evaluation mode: boxes [n, 4] in xyxy, labels [n], scores [n] and with Mask R-CNN

@@ -12,6 +12,7 @@ from vicreg_mm.training_config import ConfigError, check_effects, check_signs
 class DetectionConfig(TaskConfig):
     """Boxes, and with Mask R-CNN masks, of objects."""
 
+    free_to_change: ClassVar[tuple[str, ...]] = (*TaskConfig.free_to_change, "data", "test_short_side")
     sets: ClassVar[tuple[str, ...]] = ("data",)
     in_miniature: ClassVar[dict[str, Any]] = {
         "data": BUILTIN_SCENES, "batch": 4, "short_sides": (128,), "max_side": 192, "jitter_side": 128, "test_short_side": 128,
@@ -30,7 +31,7 @@ class DetectionConfig(TaskConfig):
     norm: Literal["batch", "layer", "none"] = "batch"
     """In the pyramid of a hierarchical network, the heads' convolutions, and behind the last stage of c4."""
     batchnorm: Literal["sync", "train", "frozen"] = "sync"
-    """Statistics of every BatchNorm: of all ranks, of each rank, or in the encoder those that it came with."""
+    """The encoder's BatchNorm: statistics of all ranks, of this one, or those that came with the weights."""
     width: int = 256
     """Channels of the pyramid and of the heads' convolutions; the box head's layers have four times as many."""
     rpn_convs: int = 1
@@ -73,11 +74,18 @@ class DetectionConfig(TaskConfig):
         """Raise ConfigError for values that no detector can have, too."""
         super().check()
         positive = ("max_side", "test_short_side", "jitter_side", "width", "proposals", "sampled_regions", "rpn_convs")
-        check_signs(self, positive, ("rpn_loss_weight", "drop_path", "window"))
+        check_signs(self, positive, ("rpn_loss_weight", "window"))
         if not self.short_sides or min(self.short_sides) < 1 or not self.anchors or min(self.anchors) < 1:
             raise ConfigError(f"short_sides {self.short_sides} and anchors {self.anchors} must be positive, and at least one of each")
         if not 0 < self.jitter_scale[0] <= self.jitter_scale[1]:
             raise ConfigError(f"jitter_scale is {self.jitter_scale}; expected two factors above 0, the smaller first")
+        if not 0 <= self.drop_path < 1:
+            raise ConfigError(f"drop_path is {self.drop_path}; it is a rate, from 0 to below 1")
+        if self.engine.zero_stage == 3:
+            raise ConfigError(
+                "engine.zero_stage 3 gathers parameters for all ranks at once, but ranks may differ by an image in evaluation; "
+                "use --engine.zero_stage 2"
+            )
         if self.detector == "mask_rcnn" and self.data_format == "voc":
             raise ConfigError(
                 "detector mask_rcnn needs masks, which data_format voc has not; give --detector faster_rcnn_c4 or faster_rcnn"

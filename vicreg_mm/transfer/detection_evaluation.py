@@ -11,6 +11,7 @@ from pycocotools import mask as run_lengths
 from torch import Tensor
 
 from vicreg_mm import distributed
+from vicreg_mm.evaluation.features import evaluating
 from vicreg_mm.input.batches import OrderedBatches
 from vicreg_mm.transfer.average_precision import (
     Detections,
@@ -25,18 +26,14 @@ MASK_THRESHOLD = 0.5
 
 
 def find(detector: Detector, batches: OrderedBatches, device: torch.device) -> tuple[list[Detections], list[str]]:
-    """What is found in this rank's images, and a message for each that could not be read. The detector's mode is as it was afterwards."""
+    """What is found in this rank's images, and a message for each that could not be read."""
     found, bad = [], []
-    training = detector.training
-    detector.eval()
-    try:
+    with evaluating(detector):
         for batch in batches:
             bad += batch.bad
             moved = batch.to(device, non_blocking=True)
             for row, image, size in zip(batch.rows.tolist(), moved.images, batch.sizes, strict=True):
                 found.append(as_detections(row, detector.predict(image, size)))
-    finally:
-        detector.train(training)
     return found, bad
 
 
@@ -58,7 +55,7 @@ def evaluate(
 ) -> tuple[dict[str, float], list[Detections] | None]:
     """Average precision, the same on all ranks, and all detections on rank 0. All ranks must call it.
 
-    rules: "coco" or "voc". Beside the metrics, `num_images` looked at and `num_bad_images` that could not be read; the first is named.
+    rules: "coco" or "voc". Beside the metrics, `num_images` looked at and `num_bad_records` that could not be read; the first is named.
     """
     own, bad = find(detector, batches, device)
     found, faults = gather_detections(own), distributed.gather_objects(bad)
@@ -68,7 +65,7 @@ def evaluate(
         if messages:
             print(f"{len(messages)} images could not be evaluated, the first: {messages[0]}", flush=True)
         metrics = voc_average_precision(images, found) if rules == "voc" else coco_average_precision(images, found)
-        result = {**metrics, "num_images": len(found), "num_bad_images": len(messages)}
+        result = {**metrics, "num_images": len(found), "num_bad_records": len(messages)}
     return distributed.broadcast_object(result), found
 
 
