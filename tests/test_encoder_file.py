@@ -18,7 +18,8 @@ from tests.tiny import tiny_config
 from vicreg_mm import config as configs
 from vicreg_mm.assemble import build_model
 from vicreg_mm.config import EncoderConfig
-from vicreg_mm.encoder_file import export_encoder, given_weights, load_weights, open_encoder, read_weights, split_source
+from vicreg_mm.encoder_file import export_encoder, given_weights, load_weights, open_encoder, split_source
+from vicreg_mm.encoder_sources import read_weights
 from vicreg_mm.encoders import build_vision
 from vicreg_mm.encoders.pretrained import Pretrained
 
@@ -126,7 +127,7 @@ def test_the_visual_tower_of_a_clip_is_found_in_its_file_and_folder(tmp_path):
 def test_the_librarys_weights_come_with_its_mean_and_std():
     twin = timm.create_model("test_vit", num_classes=5)
     published = Pretrained(twin.state_dict(), (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
-    with mock.patch("vicreg_mm.encoder_file.fetch", return_value=published) as fetch:
+    with mock.patch("vicreg_mm.encoder_sources.fetch", return_value=published) as fetch:
         encoder = open_encoder("timm/test_vit@library:some_tag")
         fetch.assert_called_once_with("timm/test_vit", "some_tag")
         assert equal(encoder, twin.state_dict()) and (encoder.mean, encoder.std) == (published.mean, published.std)
@@ -211,9 +212,13 @@ def test_a_source_that_is_none_is_said_in_one_line(tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "young").mkdir()
     configs.save(config, tmp_path / "young" / "config.json")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text('{"hidden_size": 768}')
     (tmp_path / "timm").mkdir()
-    (tmp_path / "timm" / "config.json").write_text('{"architecture": "resnet50"}')
+    (tmp_path / "timm" / "model.safetensors").touch()
+    (tmp_path / "timm" / "config.json").write_text('{"architecture": "test_vit", "model_args": {"reg_tokens": 4}}')
     for source, options, message in (
+        (f"{tmp_path}/timm", {}, r"timm has a network with reg_tokens, for which there is no option; open it as an encoder of your own"),
         (f"{tmp_path}/bare.pth", {}, r"bare\.pth tells no architecture; give NAME@"),
         (
             f"timm/test_resnet@{tmp_path}/absent.pth",
@@ -222,7 +227,7 @@ def test_a_source_that_is_none_is_said_in_one_line(tmp_path):
         ),
         (f"timm/test_resnet@{tmp_path}/folder", {}, r"a folder without config\.json or open_clip_model\.safetensors"),
         (f"{tmp_path}/young", {}, r"young has neither encoder\.safetensors nor a checkpoint yet"),
-        (f"{tmp_path}/timm", {}, r"is no run directory: unknown configuration key architecture"),
+        (f"{tmp_path}/other", {}, r"is no run directory: unknown configuration key hidden_size"),
         (str(path), {"stem": "cifar"}, r"stem cannot be given: .* tells how its encoder is built"),
         (f"timm/test_vit@{path}", {}, r"is of encoder 'timm/test_resnet', not 'timm/test_vit'"),
         ("library:tag", {}, "tells no architecture; give NAME@library:tag"),

@@ -24,7 +24,7 @@ from tests.tiny import tiny_config
 from vicreg_mm import checkpoint, cli, export
 from vicreg_mm import config as configs
 from vicreg_mm.assemble import build_model
-from vicreg_mm.encoder_file import export_encoder
+from vicreg_mm.encoder_file import export_encoder, open_encoder
 from vicreg_mm.evaluation.results import write_row
 from vicreg_mm.evaluation.zero_shot import class_embeddings
 from vicreg_mm.input.tokenizers import ClipTokenizer, SentencePieceTokenizer, build_tokenizer, pack, train_sentencepiece
@@ -300,7 +300,7 @@ def test_open_clip_packs_texts_as_we_do(digits, tmp_path):
 
 @pytest.mark.parametrize("encoder", [name for name in ENCODERS if "open_clip" not in name])
 @torch.no_grad()
-def test_timm_gives_the_features_of_the_encoder(digits, tmp_path, encoder):
+def test_timm_gives_the_features_of_the_encoder_and_so_do_we_from_timms_folder(digits, tmp_path, encoder):
     config = dataclasses.replace(tiny_config(digits["train"], ""), encoder=configs.EncoderConfig(**ENCODERS[encoder]))
     config = dataclasses.replace(config, input=dataclasses.replace(config.input, image_size=64))
     model = made(tmp_path / "run", config)
@@ -310,6 +310,8 @@ def test_timm_gives_the_features_of_the_encoder(digits, tmp_path, encoder):
     torch.testing.assert_close(theirs(images), model.encoder(images), **EXACT)
     data = timm.data.resolve_model_data_config(theirs)
     assert (data["input_size"], tuple(data["mean"]), tuple(data["std"])) == ((3, 64, 64), model.encoder.mean, model.encoder.std)
+    again = open_encoder(str(tmp_path / "out"))
+    assert (again.input_size, again.mean) == (64, model.encoder.mean) and torch.equal(again(images), model.encoder(images))
 
 
 @pytest.mark.parametrize("name", ["torchvision/resnet18", "timm/resnet18"])

@@ -1,16 +1,7 @@
-"""Image encoders as files: where weights come from, how they get into an encoder, and the encoder of a run taken out.
+"""Image encoders as files: weights from anywhere (`encoder_sources`) into an encoder, and the encoder of a run taken out.
 
-WEIGHTS, in the configuration (encoder.weights) and elsewhere, is one of
-  RUN              a run directory: its encoder.safetensors, or its last checkpoint where it isn't finished
-  FILE             encoder.safetensors of a run; a state dict, .safetensors or saved by torch.save, alone or in a training checkpoint,
-                   the encoder as it is or a part of it (`state_dicts`): torchvision's, timm's, open_clip's (the visual tower of the
-                   whole model), Meta's VICReg, both resnet50.pth and the full checkpoint with `module.backbone.`
-  FOLDER           with open_clip_model.safetensors, as open_clip saves a model
-  library[:TAG]    the pretrained weights of the encoder's library, by the library's tag, from its cache or the network
-  random           none, said aloud
-and an encoder anywhere else is named by one string, "[NAME@]WEIGHTS": NAME ("timm/vit_small_patch16_224") tells the architecture where
-WEIGHTS don't: everywhere but in a run and its encoder.safetensors. An encoder of your own is "package.module:function", as the function
-gives it, or with @WEIGHTS.
+An encoder is named by one string, "[NAME@]WEIGHTS": NAME ("timm/vit_small_patch16_224") tells the architecture where WEIGHTS don't. An
+encoder of your own is "package.module:function", as the function gives it, or with @WEIGHTS.
 
 Every name that is missing, extra or misshapen is listed and nothing is loaded, save what is named as allowed. Left out without being
 named, and told: the classifier or projection of the library's own network, and other parts of a larger model. Position embeddings for
@@ -20,7 +11,6 @@ another number of patches are refused unless resampling is asked for.
 import dataclasses
 import json
 from collections.abc import Collection
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,30 +21,15 @@ from vicreg_mm import checkpoint, distributed, state_dicts
 from vicreg_mm import config as configs
 from vicreg_mm.checkpoint import CheckpointError
 from vicreg_mm.config import RANDOM, EncoderConfig, is_given
+from vicreg_mm.encoder_sources import EXPORT, LIBRARY, Weights, read_weights
 from vicreg_mm.encoders import VisionEncoder, build_vision
 from vicreg_mm.encoders.library import SHORT_NAMES
 from vicreg_mm.encoders.own import is_own
-from vicreg_mm.encoders.pretrained import check_activation, fetch
 from vicreg_mm.state_dicts import StateDict
 
-EXPORT = "encoder.safetensors"
-OPEN_CLIP_WEIGHTS, OPEN_CLIP_CONFIG = "open_clip_model.safetensors", "open_clip_config.json"
-LIBRARY = "library"
 _POSITIONS = ("pos_embed", "positional_embedding")
 _ALIKE = ("name", "pooling", "stem")
 """What two encoders must agree in though no tensor may tell; the other options show in names and shapes."""
-
-
-@dataclass(frozen=True)
-class Weights:
-    """What was found: the state dict, whence, and what the source itself tells of its encoder (None: nothing)."""
-
-    given: StateDict
-    source: str
-    architecture: EncoderConfig | None = None
-    image_size: int | None = None
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
 
 
 # In ---------------------------------------------------------------------------------------------------------------------
@@ -71,77 +46,6 @@ def _build(e: EncoderConfig, image_size: int | None) -> VisionEncoder:
         stem=e.stem, drop_path=e.drop_path, mean=e.mean, std=e.std,
         **({} if e.zero_init_residual is None else {"zero_init_residual": e.zero_init_residual}),
     )  # fmt: skip
-
-
-def read_weights(weights: str, name: str) -> Weights:
-    """Find WEIGHTS for an encoder `name` ("" where the source must tell). Raises ValueError for a source that cannot be used."""
-    kind, _, tag = weights.partition(":")
-    path = Path(weights)
-    if kind == LIBRARY and not path.exists():
-        if not name:
-            raise ValueError(f"weights '{weights}' of which encoder? give NAME@{weights}")
-        found = fetch(SHORT_NAMES.get(name, name), tag)
-        return Weights(StateDict(found.tensors), f"{name}@{weights}", None, None, found.mean, found.std)
-    try:
-        if (path / "config.json").is_file() and not (path / OPEN_CLIP_CONFIG).is_file():
-            return _of_run(path)
-        if (path / OPEN_CLIP_WEIGHTS).is_file():
-            return _of_open_clip(path, name)
-        if path.is_file():
-            return _of_file(path)
-    except configs.ConfigError as error:
-        raise CheckpointError(f"{weights} is no run directory: {error}") from error
-    found_there = "a folder without config.json or " + OPEN_CLIP_WEIGHTS if path.is_dir() else "not there"
-    raise CheckpointError(f"weights '{weights}': {found_there}; expected a run directory, a file, {LIBRARY} or {LIBRARY}:TAG")
-
-
-def _of_run(run: Path) -> Weights:
-    if (run / EXPORT).is_file():  # it tells all that the configuration of a pretraining run does, and of other runs the same
-        return _of_file(run / EXPORT)
-    config, saved = configs.load(run / "config.json"), checkpoint.existing(run)
-    if not saved:
-        raise CheckpointError(f"{run} has neither {EXPORT} nor a checkpoint yet; let it save one")
-    path, e = saved[-1] / "model.safetensors", config.encoder
-    return Weights(state_dicts.read_state_dict(path), str(path), e, config.input.image_size, e.mean, e.std)
-
-
-def _of_file(path: Path) -> Weights:
-    given = state_dicts.read_state_dict(path)
-    if "encoder" not in given.metadata:
-        return Weights(given, str(path))
-    try:
-        e = configs.part_from_dict(EncoderConfig, "encoder", json.loads(given.metadata["encoder"]))
-        return Weights(given, str(path), e, int(given.metadata["image_size"]), e.mean, e.std)
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"cannot read the encoder's description in {path}: {error}") from error
-
-
-def _of_open_clip(folder: Path, name: str) -> Weights:
-    described = read_open_clip_config(folder)
-    normal = described.get("preprocess_cfg", {})
-    if name.startswith("open_clip/"):
-        check_activation(name, quick_gelu(name), bool(described["model_cfg"].get("quick_gelu")), str(folder))
-    given = state_dicts.read_state_dict(folder / OPEN_CLIP_WEIGHTS)
-    mean, std = (None if normal.get(key) is None else tuple(normal[key]) for key in ("mean", "std"))
-    return Weights(given, str(folder / OPEN_CLIP_WEIGHTS), None, None, mean, std)
-
-
-def read_open_clip_config(folder: Path) -> dict[str, Any]:
-    """open_clip_config.json, {"model_cfg": ..., "preprocess_cfg": ...}; {"model_cfg": {}} where there is none."""
-    path = folder / OPEN_CLIP_CONFIG
-    try:
-        described = json.loads(path.read_text()) if path.is_file() else {"model_cfg": {}}
-        described["model_cfg"].get("vision_cfg")
-        return described
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"cannot read {path}: {error!r}") from error
-
-
-def quick_gelu(name: str) -> bool:
-    """Whether open_clip's model "open_clip/NAME" has the activation QuickGELU."""
-    import open_clip
-
-    return bool((open_clip.get_model_config(name.partition("/")[2]) or {}).get("quick_gelu"))
 
 
 def load_weights(encoder: VisionEncoder, weights: Weights, *, allow: Collection[str] = (), resample: bool = False) -> str:
@@ -224,7 +128,7 @@ def open_encoder(
     (from torch's current random state), "package.module:function".
     image_size: None is that of the source, else the library's. options: those of `build_vision` that describe the network (pooling,
     patch_size, stem, ..., mean and std), where the source doesn't. allow, resample: as in `load_weights`. drop_path: rate of stochastic
-    depth, for those who train it further; that of the source is not taken over.
+    depth, for those who train it further; that of the source is not taken over. `described` of the encoder is what `write_encoder` wants.
     Raises ValueError for a source that isn't one, tells no architecture or another than NAME, or does not fit.
     """
     name, weights = split_source(source)
@@ -232,7 +136,9 @@ def open_encoder(
         for option, value in (("allow", allow), ("resample", resample)):
             if value:
                 raise ValueError(f"{option} has no effect on '{source}', which reads no weights; leave it out")
-        return build_vision(name, image_size=image_size, drop_path=drop_path, **options).eval()
+        encoder = build_vision(name, image_size=image_size, drop_path=drop_path, **options).eval()
+        encoder.described = EncoderConfig(name=name, **options)
+        return encoder
     found = read_weights(weights, name)
     e = _described(found, name, options)
     if not name and is_own(e.name) and Path(weights).is_file():  # a file that came from anywhere must not choose what is imported
@@ -241,6 +147,7 @@ def open_encoder(
     line = load_weights(encoder, found, allow=allow, resample=resample)
     if "; " in line and distributed.is_main():
         print(line, flush=True)
+    encoder.described = e
     return encoder.eval()
 
 
@@ -278,11 +185,15 @@ def _described(found: Weights, name: str, options: dict[str, Any]) -> EncoderCon
 
 
 def export_encoder(run: Path, folder: Path, config: configs.RunConfig) -> Path:
+    """`write_encoder` for a pretraining: the encoder in its checkpoint `folder`."""
+    return write_encoder(run, folder, config.encoder, config.input.image_size)
+
+
+def write_encoder(run: Path, folder: Path, e: EncoderConfig, image_size: int, prefix: str = "encoder.net.") -> Path:
     """Write `encoder.safetensors` with the encoder library's own key names, so that torchvision or timm load it as it is.
 
-    folder: the checkpoint. The metadata hold the encoder's part of the configuration and the image size.
+    folder: the checkpoint, in which its names begin with `prefix`. The metadata hold `e`, how the encoder is built, and the image size.
     """
-    prefix = "encoder.net."
     tensors = {
         key.removeprefix(prefix): value
         for key, value in checkpoint.read_tensors(folder / "model.safetensors").items()
@@ -290,7 +201,7 @@ def export_encoder(run: Path, folder: Path, config: configs.RunConfig) -> Path:
     }
     path = run / EXPORT
     partial = path.with_suffix(".partial")
-    metadata = {"format": "pt", "encoder": json.dumps(configs.to_dict(config)["encoder"]), "image_size": str(config.input.image_size)}
+    metadata = {"format": "pt", "encoder": json.dumps(dataclasses.asdict(e)), "image_size": str(image_size)}
     try:
         save_file(tensors, partial, metadata=metadata)
         partial.rename(path)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vicreg_mm import checkpoint
-from vicreg_mm.encoder_file import EXPORT
+from vicreg_mm.encoder_sources import EXPORT
 from vicreg_mm.encoders import VisionEncoder
 from vicreg_mm.key_names import resnet_to_detectron2, vit_to_detectron2, vit_to_mmseg
 from vicreg_mm.open_clip_model import is_plain_vit, library_and_name

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vicreg_mm.encoder_file import EXPORT
+from vicreg_mm.encoder_sources import EXPORT
 from vicreg_mm.encoders import TextEncoder, VisionEncoder
 from vicreg_mm.encoders.own import is_own
 from vicreg_mm.model import PretrainModel

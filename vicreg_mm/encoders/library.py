@@ -134,9 +134,7 @@ def _build_timm(name: str, architecture: str, given: dict[str, Any]) -> VisionEn
     import timm
 
     library_config: Any = timm.get_pretrained_cfg(architecture)
-    # The families of ViT that interpolate their position embeddings, so that local views may be smaller.
-    family = timm.models.model_entrypoint(architecture).__module__.rpartition(".")[2]
-    is_vit, is_convnext = family in ("vision_transformer", "deit", "eva"), family == "convnext"
+    is_vit, is_convnext = is_timm_vit(architecture), _timm_family(architecture) == "convnext"
     options: dict[str, Any] = {"drop_path_rate": given["drop_path"]}
     if is_vit:
         options |= {"dynamic_img_size": True, "global_pool": given["pooling"], "patch_size": given["patch_size"]}
@@ -169,6 +167,18 @@ def _build_timm(name: str, architecture: str, given: dict[str, Any]) -> VisionEn
         head=[library_config.classifier] if isinstance(library_config.classifier, str) else library_config.classifier or (),
         patch_embedding="patch_embed." if hasattr(net, "patch_embed") else "stem." if is_convnext else None,
     )  # fmt: skip
+
+
+def is_timm_vit(architecture: str) -> bool:
+    """Whether timm's architecture is of a family of ViT that interpolates its position embeddings, so that local views may be smaller."""
+    return _timm_family(architecture) in ("vision_transformer", "deit", "eva")
+
+
+def _timm_family(architecture: str) -> str:
+    """The module of timm that defines it."""
+    import timm
+
+    return timm.models.model_entrypoint(architecture).__module__.rpartition(".")[2]
 
 
 def _build_open_clip(name: str, architecture: str, given: dict[str, Any]) -> VisionEncoder:
