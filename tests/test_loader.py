@@ -10,7 +10,7 @@ import torch
 
 from tests.shard_makers import jpeg, sample, write_set
 from vicreg_mm.input.batch import Batch
-from vicreg_mm.input.loader import LabelledLoader, PretrainLoader
+from vicreg_mm.input.loader import HeldOutViews, LabelledLoader, PretrainLoader
 from vicreg_mm.input.plan import Plan, Position
 from vicreg_mm.input.presets import build_policy
 from vicreg_mm.input.shards import ShardError, ShardIndex, write_index
@@ -289,6 +289,27 @@ def test_every_sample_is_evaluated_exactly_once_on_any_ranks(folder, batch, worl
     assert joined.rows.tolist() == list(range(43)) and joined.attempted == 43
     assert joined.labels.tolist() == [row % 10 for row in range(43)]
     assert np.array_equal(joined.views["image"][30], decode(jpeg(30)).transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize(("batch", "sizes"), [(8, [8] * 5), (100, [43])])
+def test_held_out_views_are_the_same_at_every_pass_and_on_any_ranks(folder, batch, sizes):
+    def held_out(rank=0, world_size=1):
+        return HeldOutViews(ShardIndex.open(folder), Probe(), batch, 5, rank=rank, world_size=world_size)
+
+    alone = held_out()
+    expected = list(alone)
+    assert len(alone) == len(sizes) and [part.num_samples for part in expected] == sizes
+    assert len(torch.cat([part.rows for part in expected]).unique()) == sum(sizes)
+    assert all(same(*pair) for pair in zip(alone, expected, strict=True))
+    for parts, whole in zip(zip(*(held_out(rank, 3) for rank in range(3)), strict=True), expected, strict=True):
+        assert same(join(list(parts)), whole)
+        assert max(part.num_samples for part in parts) - min(part.num_samples for part in parts) <= 1
+
+
+def test_a_held_out_set_of_one_image_is_refused(tmp_path):
+    write_index(write_set(tmp_path, [1]))
+    with pytest.raises(ValueError, match="has 1 samples; a loss needs at least 2"):
+        HeldOutViews(ShardIndex.open(tmp_path), Probe(), 8, 0)
 
 
 def test_a_bad_record_is_left_out_of_an_evaluation_and_reported(spoiled_folder):

@@ -123,14 +123,29 @@ class Data(TrainingData):
     view_sizes: dict[str, int]
 
 
-def open_data(config: RunConfig, needs: Any = None, tokenizer: Any = None) -> Data:
-    """Open the shards that a configuration names. needs: the objective's; tokenizer: where it needs texts."""
+def open_index(config: RunConfig, name: str) -> Any:
+    """The index of the shards that a configuration names."""
     from vicreg_mm.input.builtin import shard_folder
-    from vicreg_mm.input.loader import PretrainLoader
-    from vicreg_mm.input.plan import Plan, Position, default_slots
-    from vicreg_mm.input.presets import policy_of
     from vicreg_mm.input.shards import ShardIndex
-    from vicreg_mm.input.streaming import ResampledLoader
+
+    return ShardIndex.open(shard_folder(name), cache_dir=config.input.cache or None)
+
+
+def labelled_loader(config: RunConfig, index: Any, limit: int = 0, captions: bool = False) -> Any:
+    """A set to be measured on: every image once, in order, without augmentation. limit, captions: as of `LabelledLoader`."""
+    from vicreg_mm.input.loader import LabelledLoader
+    from vicreg_mm.input.views import EvalTransform
+
+    return LabelledLoader(
+        index, EvalTransform(config.input.image_size), 256, rank=distributed.rank(), world_size=distributed.world_size(),
+        workers=min(config.input.workers, 4), limit=limit, captions=captions,
+        cache_dir=config.input.cache or None, cache_bytes=int(config.input.cache_gib * 2**30),
+    )  # fmt: skip
+
+
+def views_of(config: RunConfig, needs: Any = None, tokenizer: Any = None) -> tuple[Any, Any | None, bool]:
+    """The policies of a run's image views and text views, and whether the boxes of the former are wanted. Arguments as of `open_data`."""
+    from vicreg_mm.input.presets import policy_of
     from vicreg_mm.input.text_views import build_text_policy, load_synonyms
 
     policy, texts = policy_of(config) if needs is None else policy_of(config, needs.all_views), None
@@ -138,7 +153,17 @@ def open_data(config: RunConfig, needs: Any = None, tokenizer: Any = None) -> Da
         t = config.text
         synonyms = load_synonyms(t.synonyms) if t.synonyms else None
         texts = build_text_policy(t.views, tokenizer, t.context, num_views=len(needs.texts), synonyms=synonyms)
-    boxes = needs is not None and bool(needs.positions)
+    return policy, texts, needs is not None and bool(needs.positions)
+
+
+def open_data(config: RunConfig, needs: Any = None, tokenizer: Any = None) -> Data:
+    """Open the shards that a configuration names. needs: the objective's; tokenizer: where it needs texts."""
+    from vicreg_mm.input.builtin import shard_folder
+    from vicreg_mm.input.loader import PretrainLoader
+    from vicreg_mm.input.plan import Plan, Position, default_slots
+    from vicreg_mm.input.streaming import ResampledLoader
+
+    policy, texts, boxes = views_of(config, needs, tokenizer)
     view_sizes = policy.view_sizes | ({} if texts is None else {name: texts.context for name in texts.view_names})
     rank, world = distributed.rank(), distributed.world_size()
     if config.input.mode == "resampled":
@@ -157,7 +182,7 @@ def open_data(config: RunConfig, needs: Any = None, tokenizer: Any = None) -> Da
         )
         return Data(steps * config.batch, steps, {"resampled": config.input.shards},
                     lambda step: stream.batches(Position(*divmod(step, steps)), epochs=10**9), view_sizes)  # fmt: skip
-    index = ShardIndex.open(shard_folder(config.input.shards), cache_dir=config.input.cache or None)
+    index = open_index(config, config.input.shards)
     if config.input.cache and not index.remote:
         raise ConfigError(f"input.cache {config.input.cache} has no effect: the shards are local files; leave it out")
     slots = default_slots(config.batch, config.input.slots)

@@ -6,6 +6,7 @@ A checkpoint is a folder `checkpoints/step-NNNNNNNN` of plain safetensors and JS
   state.json             position in the data, step, configuration, data fingerprint, loss scale, and the loop's journal: the sums
                          of the epoch that is under way, counts of bad records, advice given
   tokenizer              the vocabulary, where texts are trained on
+  online_head.safetensors  the classifier that is trained along, where one is
 It belongs to no layout: saved at any ZeRO stage on any number of ranks, it goes on at any other. No pickle is read.
 (DeepSpeed's own format is pickle and, from stage 1, bound to its number of ranks.) Random numbers need no state: they are drawn
 anew from (seed, position) at every step.

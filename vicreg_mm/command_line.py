@@ -54,7 +54,9 @@ def smoke_profile(config: RunConfig) -> RunConfig:
         engine=dataclasses.replace(config.engine, precision="fp32"),
         checkpoint=dataclasses.replace(config.checkpoint, every_epochs=1.0, milestone_epochs=0),
         monitor=MonitorConfig(log_every=5, gauge_every=20),
-        evaluation=EvaluationConfig(train=BUILTIN_DIGITS, test=BUILTIN_DIGITS + ":test", templates=BUILTIN_DIGITS),
+        evaluation=EvaluationConfig(
+            train=BUILTIN_DIGITS, test=BUILTIN_DIGITS + ":test", templates=BUILTIN_DIGITS, online_head=config.evaluation.online_head
+        ),
         batch=64,
         epochs=2,
         steps=config.smoke_steps,

@@ -169,7 +169,10 @@ class EvaluationConfig:
     limit: int = 0
     """Use at most this many training images; 0: all."""
     every_epochs: float = 0.0
-    """Measure kNN, and of image-text runs retrieval and zero-shot, during training, too, after this many epochs; 0: at the end alone."""
+    """Measure kNN, and of image-text runs retrieval and zero-shot, during training, too, after this many epochs, and the objective on the
+    views of `test`; 0: at the end alone, and the objective never."""
+    online_head: bool = False
+    """Train a linear classifier of the features along with them, on the labels of input.shards, and try it on `test` every every_epochs."""
     class_names: str = ""
     """Zero-shot classification of `test`: "imagenet", or a file of names in the order of the labels; empty: classes.json of the shards."""
     templates: str = "simple"

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,19 @@ _MAXRSS_PER_GIB = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, k
 
 
 Probe = Callable[[nn.Module], Mapping[str, float]]
+
+
+class Observer(Protocol):
+    """Sees every step once the optimizer has taken it, on every rank, and keeps what it learns in the checkpoints.
+
+    Its parameters are its own: DeepSpeed reduces nothing of them. It must not wait for the device.
+    """
+
+    def __call__(self, batch: Any, logs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Scalars to be logged with the step's own. batch: as the loader gave it, on the host; logs: the module's."""
+
+    def files(self) -> Mapping[str, bytes]:
+        """What a checkpoint of this step must hold to go on from, contents by name; asked of rank 0."""
 
 
 class NonFiniteLoss(ValueError):
@@ -42,7 +55,8 @@ class Training:
 
     fingerprint: what identifies the data. gauges: name -> formula on the gathered features of a view. journal: what the loop had
     summed and said before the checkpoint that it goes on from. files: what every checkpoint holds besides, contents by name.
-    probe_every: epochs between two measurements by the probes; 0: none. max_bad_share: of the records tried; more stop the run.
+    observers: in the order in which they see a step. probe_every: epochs between two measurements by the probes; 0: none.
+    max_bad_share: of the records tried; more stop the run.
     """
 
     config: TrainingConfig
@@ -55,6 +69,7 @@ class Training:
     gauges: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
     journal: Mapping[str, Any] = field(default_factory=dict)
     files: Mapping[str, bytes] = field(default_factory=dict)
+    observers: Sequence[Observer] = ()
     probes: Sequence[Probe] = ()
     probe_every: float = 0.0
     max_bad_share: float = 0.01
@@ -200,6 +215,8 @@ class _Loop:
         module = self.engine.module
         if hasattr(module, "after_step"):
             module.after_step(t.step / t.schedule.total)
+        for observer in t.observers:
+            logs = {**logs, **observer(batch, logs)}
         self.latest = logs
         self.means.add({name: value for name, value in logs.items() if value.ndim == 0})
         self.bar.update(t.config.batch)
@@ -258,7 +275,10 @@ class _Loop:
             "loss_scale": _loss_scale(self.engine),
             "journal": {**self.means.state(), **self._bad_totals(), "advised": sorted(self.advised)},
         }
-        folder = checkpoint.save(checkpoint.folder_of(t.run, t.step), self.engine, state, t.files)
+        files = dict(t.files)
+        for observer in t.observers if self.main else ():
+            files |= observer.files()
+        folder = checkpoint.save(checkpoint.folder_of(t.run, t.step), self.engine, state, files)
         if self.main:
             checkpoint.prune(t.run, t.config.checkpoint.keep)
         distributed.barrier()

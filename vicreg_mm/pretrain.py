@@ -11,9 +11,19 @@ import torch
 
 from vicreg_mm import config as configs
 from vicreg_mm import distributed
-from vicreg_mm.assemble import build_model, needs_of, open_data, open_tokenizer, recompute_activations, start_from_weights
+from vicreg_mm.assemble import (
+    build_model,
+    labelled_loader,
+    needs_of,
+    open_data,
+    open_index,
+    open_tokenizer,
+    recompute_activations,
+    start_from_weights,
+)
 from vicreg_mm.command_line import boxed, parse
 from vicreg_mm.config import ConfigError, RunConfig
+from vicreg_mm.online_probes import open_online
 
 RESULTS = "evaluation.json"
 IMAGE_TEXT_RESULTS = "image_text.json"
@@ -66,6 +76,7 @@ def pretrain(config: RunConfig, device: torch.device, loaders: tuple[Any, Any] |
     if needs.texts:
         tokenizer = open_tokenizer(config)
     data = open_data(config, needs, tokenizer)
+    online = open_online(config, needs, tokenizer, loaders, pairs)
     run, resumed, state = last_checkpoint(config, data.fingerprint, "--input.shards")
     if tokenizer is not None and resumed is not None:
         _check_tokenizer(tokenizer, resumed)
@@ -90,11 +101,13 @@ def pretrain(config: RunConfig, device: torch.device, loaders: tuple[Any, Any] |
     settings = deepspeed_settings(config, distributed.world_size(), device)
     model.check_zero_stage(settings["zero_optimization"]["stage"])
     run, wrapped = wrap(model, config, device, run, resumed)
+    head = online.head(num_features, device, resumed)
     training = engine.Training(
         config, run, schedule, data.steps_per_epoch, state["step"], gamma=getattr(model.objective, "gamma", 1.0),
         fingerprint=data.fingerprint, gauges={"stats/rank": gauges.rankme}, journal=state["journal"],
         files={} if tokenizer is None else {checkpoint.TOKENIZER: tokenizer.serialize()},
-        probes=online_probes(loaders, pairs, tokenizer, device), probe_every=config.evaluation.every_epochs,
+        observers=[] if head is None else [head], probes=online.probes(head, tokenizer, device),
+        probe_every=config.evaluation.every_epochs,
         max_bad_share=config.input.max_bad_share,
     )  # fmt: skip
     if distributed.is_main():
@@ -133,13 +146,13 @@ def open_evaluation(config: RunConfig) -> tuple[Any, Any] | None:
         if names[1] and not needs_of(config).texts:
             raise ConfigError("evaluation.train and evaluation.test go together: one of them is empty")
         return None
-    train, test = (_open_index(config, name) for name in names)
+    train, test = (open_index(config, name) for name in names)
     for name, index in zip(names, (train, test), strict=True):
         if not index.has_labels:
             raise ConfigError(f"the shards of evaluation {name} have no labels (KEY.cls); the table needs them")
     if train.edition == test.edition:
         raise ConfigError(f"evaluation.train {names[0]} and evaluation.test {names[1]} are the same images: nothing is held out")
-    return _loader(config, train, limit=config.evaluation.limit), _loader(config, test)
+    return labelled_loader(config, train, limit=config.evaluation.limit), labelled_loader(config, test)
 
 
 def open_pair_evaluation(config: RunConfig) -> tuple[Any, Any] | None:
@@ -152,7 +165,7 @@ def open_pair_evaluation(config: RunConfig) -> tuple[Any, Any] | None:
     from vicreg_mm.evaluation.zero_shot import load_prompts
     from vicreg_mm.input.loader import labels_of
 
-    index = _open_index(config, e.test)
+    index = open_index(config, e.test)
     if e.class_names and not index.has_labels:
         raise ConfigError(f"evaluation.class_names {e.class_names} has no effect: the shards of {e.test} have no labels (KEY.cls)")
     if not index.has_captions:
@@ -162,25 +175,7 @@ def open_pair_evaluation(config: RunConfig) -> tuple[Any, Any] | None:
     prompts = load_prompts(e.test, e.class_names, e.templates) if index.has_labels else None
     if prompts is not None and not index.remote:  # remote shards would all be fetched; theirs are checked when they are measured
         prompts.check(labels_of(index))
-    return _loader(config, index, captions=True), prompts
-
-
-def _open_index(config: RunConfig, name: str) -> Any:
-    from vicreg_mm.input.builtin import shard_folder
-    from vicreg_mm.input.shards import ShardIndex
-
-    return ShardIndex.open(shard_folder(name), cache_dir=config.input.cache or None)
-
-
-def _loader(config: RunConfig, index: Any, limit: int = 0, captions: bool = False) -> Any:
-    from vicreg_mm.input.loader import LabelledLoader
-    from vicreg_mm.input.views import EvalTransform
-
-    return LabelledLoader(
-        index, EvalTransform(config.input.image_size), 256, rank=distributed.rank(), world_size=distributed.world_size(),
-        workers=min(config.input.workers, 4), limit=limit, captions=captions,
-        cache_dir=config.input.cache or None, cache_bytes=int(config.input.cache_gib * 2**30),
-    )  # fmt: skip
+    return labelled_loader(config, index, captions=True), prompts
 
 
 def evaluate(config: RunConfig, run: Path, loaders: tuple[Any, Any], device: torch.device) -> None:
@@ -225,23 +220,6 @@ def _given_encoder(config: RunConfig) -> Any:
     encoder = build_encoder(config)
     load_weights(encoder, weights, allow=config.encoder.weights_allow, resample=config.encoder.weights_resample)
     return encoder
-
-
-def online_probes(loaders: tuple[Any, Any] | None, pairs: tuple[Any, Any] | None, tokenizer: Any, device: torch.device) -> list[Any]:
-    """`engine.Probe`s for what is held out: kNN of the encoder's features, retrieval and zero-shot classification."""
-    from vicreg_mm.evaluation.features import frozen
-    from vicreg_mm.evaluation.pairs import compare, metrics_of
-    from vicreg_mm.evaluation.report import knn_of_encoder
-
-    def neighbours(model: Any) -> dict[str, float]:
-        assert loaders is not None
-        return {"eval/knn": knn_of_encoder(frozen(model.encoder), *loaders, device)}
-
-    def images_and_texts(model: Any) -> dict[str, float]:
-        assert pairs is not None
-        return metrics_of(compare(model, tokenizer, device, *pairs))
-
-    return ([] if loaders is None else [neighbours]) + ([] if pairs is None else [images_and_texts])
 
 
 def evaluate_pairs(run: Path, pairs: tuple[Any, Any], device: torch.device) -> None:

@@ -60,9 +60,8 @@ def measure(
     }
 
 
-def knn_of_encoder(encode: Encode, train_loader: Any, test_loader: Any, device: torch.device | str = "cpu", k: int = K) -> float:
-    """The kNN accuracy of a row of `compare_encoders` alone, the same on every rank; all ranks must call it."""
-    train, test = (extract_features(encode, loader, device) for loader in (train_loader, test_loader))
+def knn_of_sets(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], device: torch.device | str = "cpu", k: int = K) -> float:
+    """The kNN accuracy of a row of `compare_encoders` alone, of two sets of features and labels; on every rank, and all must call it."""
     return _on_main(_knn, *train, *test, k, device)
 
 

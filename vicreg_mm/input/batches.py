@@ -72,7 +72,7 @@ def share_of(batch: int, world_size: int) -> int:
     return batch // world_size
 
 
-class _Planned(Dataset):
+class Planned(Dataset):
     """Position -> this rank's part of that global batch. own: its rows there."""
 
     def __init__(self, make: Make, plan: Plan, own: tuple[int, int]):
@@ -106,7 +106,7 @@ class PlannedBatches:
     def __init__(self, make: Make, plan: Plan, *, rank: int = 0, world_size: int = 1, workers: int = 0, prefetch: int = 2):
         share = share_of(plan.batch, world_size)
         self.plan, self.workers, self.prefetch = plan, workers, prefetch
-        self._dataset = _Planned(make, plan, (rank * share, (rank + 1) * share))
+        self._dataset = Planned(make, plan, (rank * share, (rank + 1) * share))
 
     @property
     def steps_per_epoch(self) -> int:

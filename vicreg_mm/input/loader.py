@@ -3,17 +3,17 @@
 A bad record (unreadable, or an image that does not decode) is left out and counted; any other exception is ours and propagates.
 """
 
-import contextlib
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from vicreg_mm.input.batch import Batch, Tray
-from vicreg_mm.input.batches import OrderedBatches, PlannedBatches, share_of
-from vicreg_mm.input.plan import Plan
+from vicreg_mm.input.batches import OrderedBatches, Planned, PlannedBatches, share_of, stream
+from vicreg_mm.input.labels import labels_by_row
+from vicreg_mm.input.plan import Plan, Position, default_slots
 from vicreg_mm.input.shard_cache import CACHE_BYTES
 from vicreg_mm.input.shards import Reader, RecordError, Sample, ShardIndex
 from vicreg_mm.input.text_views import BadCaption, TextViewPolicy
@@ -70,12 +70,8 @@ def require_captions(index: ShardIndex) -> None:
 
 def labels_of(index: ShardIndex) -> torch.Tensor:
     """The labels of all records that have one that can be read, int64; no image is read."""
-    reader, labels = Reader(index.with_fields("cls", "json")), []
-    for row in range(index.num_samples):
-        with contextlib.suppress(RecordError):
-            labels.append(reader.read(row).label)
-    reader.close()
-    return torch.tensor([label for label in labels if label is not None], dtype=torch.int64)
+    labels = labels_by_row(index)
+    return torch.from_numpy(labels[labels >= 0])
 
 
 def shapes_of(policy: ViewPolicy, texts: TextViewPolicy | None) -> tuple[dict[str, tuple[int, ...]], dict[str, int]]:
@@ -151,6 +147,49 @@ class PretrainLoader(PlannedBatches):
         if index.remote and subset is None:
             share = share_of(plan.batch, world_size)
             _warn_of_small_cache(index, plan, rank * share, (rank + 1) * share, cache_bytes)
+
+
+class HeldOutViews:
+    """The views of a held-out set in whole global batches, the same at every pass and on any number of ranks: this rank's part of them.
+
+    batch: the global batch; a smaller set is one batch. Those of its samples that fill none are left out. Rank r of W has the rows from
+    r B // W to (r + 1) B // W of B, which W need not divide. `len`: the batches of a pass. The rest: `PretrainLoader`.
+    Raises ValueError for fewer than 2 samples, and for a set without images (with `texts`: without captions).
+    """
+
+    def __init__(
+        self,
+        index: ShardIndex,
+        policy: ViewPolicy,
+        batch: int,
+        seed: int,
+        *,
+        texts: TextViewPolicy | None = None,
+        boxes: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        workers: int = 0,
+        prefetch: int = 2,
+        cache_dir: str | Path | None = None,
+        cache_bytes: int = CACHE_BYTES,
+    ):
+        require_images(index)
+        if texts is not None:
+            require_captions(index)
+        if index.num_samples < 2:
+            raise ValueError(f"the held-out set {index.root} has {index.num_samples} samples; a loss needs at least 2")
+        batch = min(batch, index.num_samples)
+        plan = Plan(tuple(index.counts), batch, seed, default_slots(batch))
+        make = _PlannedViews(Reader(index, cache_dir, cache_bytes), policy, texts, seed, boxes, None)
+        self._dataset = Planned(make, plan, (batch * rank // world_size, batch * (rank + 1) // world_size))
+        self._positions = [Position(0, step) for step in range(plan.steps_per_epoch)]
+        self.workers, self.prefetch = workers, prefetch
+
+    def __len__(self) -> int:
+        return len(self._positions)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return stream(self._dataset, self._positions, self.workers, self.prefetch)
 
 
 class _LabelledImages:
