@@ -101,6 +101,11 @@ def parse_program(recipe: Program, arguments: list[str]) -> Program:
     return config
 
 
+def with_options(recipe: Config, arguments: list[str]) -> Config:
+    """A recipe with the command line's options alone: nothing is filled in or checked."""
+    return _override(recipe, arguments)[0]
+
+
 def boxed(lines: Sequence[str]) -> str:
     """Lines of text in a box, so that they are not overlooked."""
     width = max(map(len, lines))

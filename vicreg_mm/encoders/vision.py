@@ -22,6 +22,7 @@ class VisionEncoder(Freezable):
     (None: any side will do). patch_embedding: how the names of the parameters begin that cut the image into patches (with the norm behind
     them, in ConvNeXt's stem); None: the network is not known to have such. matcher: timm's description of its layers, for a net without
     `group_matcher`. head: how the names begin, in the library's own files, of what `net` lacks: its classifier or projection.
+    described: the EncoderConfig that builds it again, where it was opened by one (`encoder_file.open_encoder`).
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class VisionEncoder(Freezable):
         self.fixed_size = fixed_size
         self.patch_embedding = patch_embedding
         self.head = tuple(head)
+        self.described: Any = None
         self._matcher = matcher
 
     @property
