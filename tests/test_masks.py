@@ -125,8 +125,8 @@ def test_a_grayscale_image_is_read_as_rgb(ade):
     assert open_masked_images(str(ade), "train").read(0)[0].shape == (2, 4, 3)
 
 
-def test_the_fingerprint_changes_with_the_files(ade):
-    before = open_masked_images(str(ade), "train").fingerprint
-    assert before == open_masked_images(str(ade), "train").fingerprint
+def test_the_edition_changes_with_the_files(ade):
+    before = open_masked_images(str(ade), "train").edition
+    assert before == open_masked_images(str(ade), "train").edition
     (ade / "images/training/a1.jpg").unlink()
-    assert before != open_masked_images(str(ade), "train").fingerprint
+    assert before != open_masked_images(str(ade), "train").edition

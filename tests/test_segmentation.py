@@ -6,12 +6,16 @@ import torch
 from torch.nn import functional as F
 
 from vicreg_mm.encoders import build_vision
+from vicreg_mm.segment import build_segmenter
+from vicreg_mm.training_config import EngineConfig
 from vicreg_mm.transfer.confusion import IGNORED
 from vicreg_mm.transfer.segmentation import MaskBatch, Segmenter
+from vicreg_mm.transfer.segmentation_config import SegmentationConfig
 from vicreg_mm.transfer.segmentation_inference import Inference, sliding_scores, window_starts
 from vicreg_mm.transfer.segmentation_sheet import GAP, LINE, MARGIN, colours, sheet
 
-ENCODERS = ["timm/test_resnet", "timm/test_vit", "timm/test_convnext", "torchvision/resnet18"]
+FITS = [(name, "upernet") for name in ("timm/test_resnet", "timm/test_vit", "timm/test_convnext", "torchvision/resnet18")]
+FITS += [(name, head) for name in ("timm/test_vit", "timm/test_convnext") for head in ("linear", "linear4")]
 
 
 def segmenter(name="timm/test_resnet", **options):
@@ -54,8 +58,7 @@ def test_a_batch_without_a_labelled_pixel_has_a_loss_of_zero_and_no_gradient():
     assert loss.item() == 0 and all(p.grad is None or not p.grad.any() for p in model.parameters())
 
 
-@pytest.mark.parametrize("name", ENCODERS)
-@pytest.mark.parametrize("head", ["upernet", "linear", "linear4"])
+@pytest.mark.parametrize(("name", "head"), FITS)
 def test_every_kind_of_encoder_gives_scores_of_an_image_of_any_size(name, head):
     model = segmenter(name, head=head)
     loss, _ = model(batch_of(64))
@@ -76,6 +79,33 @@ def test_a_frozen_encoder_stays_as_it_is_under_a_linear_head():
 def test_an_unknown_head_is_told_with_the_known_ones():
     with pytest.raises(ValueError, match="unknown head 'fcn'; known: upernet, linear, linear4"):
         segmenter(head="fcn")
+
+
+MISTAKES = {
+    "crop has 50 pixels, no multiple of the patch of encoder 'timm/test_vit', 16 pixels; choose 48 or 64": {"crop": 50, "stride": 50},
+    "engine.zero_stage 3 gathers parameters": {"engine": EngineConfig(zero_stage=3)},
+    "stride is 100, above crop 64": {"crop": 64, "stride": 100},
+    "stride 48 has no effect: inference whole has no windows": {"crop": 64, "stride": 48, "inference": "whole"},
+    "auxiliary 0.1 has no effect: head linear has none": {"head": "linear", "auxiliary": 0.1},
+    "drop_path 0.1 has no effect: the encoder is frozen": {"frozen": True, "drop_path": 0.1},
+    "batch is 1; BatchNorm": {"batch": 1},
+    "ratio is": {"ratio": (2.0, 0.5)},
+}
+
+
+@pytest.mark.parametrize("message", MISTAKES)
+def test_a_setting_that_cannot_be_is_told_in_a_line(message):
+    config = SegmentationConfig("tiny", encoder="timm/test_vit@random", **MISTAKES[message])
+    with pytest.raises(ValueError, match=message):
+        config.check()
+        build_segmenter(config, 3, torch.device("cpu"))
+
+
+def test_frozen_batchnorm_is_of_the_encoder_alone():
+    config = SegmentationConfig("tiny", encoder="timm/test_resnet@random", batchnorm="frozen", width=8)
+    model = build_segmenter(config, 3, torch.device("cpu"))
+    assert not [m for m in model.encoder.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert all(m.training for m in model.head.modules())
 
 
 # From scores to classes ---------------------------------------------------------------------------------------------------

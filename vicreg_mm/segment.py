@@ -56,7 +56,8 @@ def measure_segmentation(config: SegmentationConfig, device: torch.device) -> Me
     }  # fmt: skip
     told = {"source": config.encoder, "name": model.encoder.name, "mean": list(model.encoder.mean), "std": list(model.encoder.std)}
     sets = {
-        split: {"path": config.data, "split": split, **images.fingerprint} for split, images in ((config.train, train), (config.val, val))
+        name: {"path": config.data, "split": split, "edition": images.edition, "num_samples": len(images)}
+        for name, split, images in (("train", config.train, train), ("val", config.val, val))
     }
     return Measured(told, sets, result, table(scores, val.class_names), HEADLINE, run)
 

@@ -69,7 +69,9 @@ def training_data(images: MaskedImages, transform: CropTransform, batch: int, se
     """
     plan = Plan((1,) * len(images), batch, seed, slots=1)  # as if each image were a shard: their order is then drawn anew as a whole
     layout = {"rank": distributed.rank(), "world_size": distributed.world_size(), "workers": workers}
-    return PlannedBatches(Crops(images, transform, seed), plan, **layout).training_data(images.fingerprint)
+    return PlannedBatches(Crops(images, transform, seed), plan, **layout).training_data(
+        {"num_samples": len(images), "edition": images.edition}
+    )
 
 
 def evaluation_data(images: MaskedImages, workers: int) -> OrderedBatches:
