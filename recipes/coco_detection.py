@@ -16,7 +16,7 @@ mirror images; in its variant for self-supervised weights nothing is frozen and 
 VICReg (arXiv:2105.04906, appendix): the same with a rate of 0.04 and 50 steps of warm-up.
 Other than detectron2: biases are not decayed, either; torchvision's heads pool regions with 2 samples a cell and
 no half-pixel shift, their box loss is smooth below 1/9.
-Expected, published, not run here: VICReg 39.4 box / 36.4 mask (users report 38.0), supervised 39.0 / 35.4, Barlow Twins 40.0 / 36.7.
+Expected: published, not run here: VICReg 39.4 box / 36.4 mask (users report 38.0), supervised 39.0 / 35.4, Barlow Twins 40.0 / 36.7.
 On CamVid: recipes/LOG.md.
 """
 

@@ -12,7 +12,7 @@ after 18,000 and 22,000, warm-up over 1,000 steps from a third, losses of the pr
 (arXiv:1911.05722) on detectron2: nothing frozen, BatchNorm synchronised, one more behind the last stage, short side 480 to 800 in steps of
 32, 800 in the test.
 Other than there: statistics of BatchNorm are the running ones, not gathered anew before the test; see coco_detection.py for the heads.
-Expected, published, not run here: AP50 82.4 (supervised 81.3, MoCo v2 82.5, Barlow Twins 82.6).
+Expected: published, not run here: AP50 82.4 (supervised 81.3, MoCo v2 82.5, Barlow Twins 82.6).
 """
 
 from vicreg_mm.detect import detection

@@ -18,13 +18,14 @@ from tests.tiny import metrics
 from vicreg_mm import config as configs
 from vicreg_mm import objectives
 from vicreg_mm.assemble import build_model, needs_of, open_tokenizer
-from vicreg_mm.command_line import parse, smoke_profile
+from vicreg_mm.command_line import parse, parse_program, smoke_profile
 from vicreg_mm.evaluation_config import EvaluationProgram
 from vicreg_mm.input.presets import policy_of
 from vicreg_mm.launch import deepspeed_settings
-from vicreg_mm.optim import build_optimizer, parameter_groups
+from vicreg_mm.optim import build_optimizer, parameter_groups, schedule_of
 from vicreg_mm.study.definition import Study, changed
 from vicreg_mm.study.table import COLUMNS
+from vicreg_mm.task_config import TaskConfig
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "recipes").glob("*.py"))
@@ -43,12 +44,32 @@ def recipe(name):
 
 
 RECIPES = [path for path in PAGES if isinstance(recipe(path.stem), configs.RunConfig)]
-EVALUATIONS = [path for path in PAGES if path not in RECIPES]
+EVALUATIONS = [path for path in PAGES if isinstance(recipe(path.stem), EvaluationProgram | TaskConfig)]
 
 
 def test_every_recipe_trains_or_evaluates():
-    assert [path.stem for path in EVALUATIONS] == ["retrieval", "zero_shot"]
-    assert all(isinstance(recipe(path.stem), EvaluationProgram) for path in EVALUATIONS)
+    others = {path.stem for path in PAGES if path not in RECIPES and path not in EVALUATIONS}
+    assert others <= {"transfer_table"}  # which runs recipes
+
+
+@pytest.mark.parametrize("path", EVALUATIONS, ids=lambda path: path.stem)
+def test_a_recipe_of_evaluation_is_one_as_it_stands_and_in_miniature(path):
+    config = recipe(path.stem)
+    data = [word for name in config.sets for word in (f"--{name}", "FOLDER")]
+    parse_program(config, ["--encoder", "torchvision/resnet50@random", *data])
+    assert parse_program(config, []).smoke
+
+
+def test_the_detection_recipes_have_the_published_schedules():
+    values = {
+        "coco_detection": {0: 0.02 * (0.001 + 0.999 / 1000), 59_999: 0.02, 60_000: 0.002, 80_000: 0.0002, 89_999: 0.0002},
+        "voc_detection": {999: 0.1, 17_999: 0.1, 18_000: 0.01, 22_000: 0.001, 23_999: 0.001},
+        "coco_detection_vit": {249: 1e-4, 163_888: 1e-4, 163_889: 1e-5, 177_546: 1e-6, 184_374: 1e-6},
+    }
+    for name, rates in values.items():
+        schedule = schedule_of(recipe(name), 7330)
+        assert schedule.total == max(rates) + 1
+        assert {step: schedule.lr(step) for step in rates} == pytest.approx(rates), name
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
