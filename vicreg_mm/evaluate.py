@@ -117,18 +117,10 @@ def _keep(config: EvaluationProgram | TaskConfig, found: Measured, seconds: floa
 
 def open_set(config: EvaluationProgram, shards: str, transform: Callable, captions: bool = False) -> tuple[Any, dict[str, Any]]:
     """The loader of a set's samples in order, and what a row tells of the set. captions: as of `LabelledLoader`."""
-    from vicreg_mm.input.builtin import shard_folder
-    from vicreg_mm.input.loader import LabelledLoader
-    from vicreg_mm.input.shards import ShardIndex
+    from vicreg_mm.evaluation.sources import open_index, open_loader, told
 
-    index = ShardIndex.open(shard_folder(shards), cache_dir=config.cache or None)
-    if config.cache and not index.remote:
-        raise ConfigError(f"cache {config.cache} has no effect: the shards are local files; leave it out")
-    loader = LabelledLoader(
-        index, transform, config.batch, rank=distributed.rank(), world_size=distributed.world_size(), workers=config.workers,
-        captions=captions, cache_dir=config.cache or None, cache_bytes=int(config.cache_gib * 2**30),
-    )  # fmt: skip
-    return loader, {"path": shards, "edition": index.edition, "num_samples": index.num_samples}
+    index = open_index(config, shards)
+    return open_loader(config, index, transform, captions), told(shards, index)
 
 
 def measure_retrieval(config: RetrievalProgram, device: torch.device) -> Measured:

@@ -51,6 +51,113 @@ class EvaluationProgram:
 
 
 @dataclass(frozen=True)
+class EncoderProgram(EvaluationProgram):
+    """A program on the frozen features of an image encoder: "RUN", a file, "[NAME@]WEIGHTS" as in timm/vit_small_patch16_224@library."""
+
+    allow: tuple[str, ...] = ()
+    """Names of layers in which the weights may lack something or have too much; a library's classifier needs no mention."""
+    resample: bool = False
+    """Resample the position embeddings of the weights, where they are for images of another size."""
+    pooling: Literal["token", "avg"] | None = None
+    """Transformers whose source does not tell it: class token or mean of the patches; None: the network's own."""
+    stem: Literal["imagenet", "cifar"] | None = None
+    """ResNets whose source does not tell it; None: imagenet."""
+    image_size: int = 0
+    """Side of the images in pixels; 0: the encoder's own."""
+    features: Literal["own", "token", "mean", "last4", "last4+mean"] = "own"
+    """own: what the encoder pools; of transformers also the class token, the patches' mean, the class tokens of the last 4 blocks, both."""
+    seed: int = 0
+    """Of the weights of NAME@random, and of what the program draws."""
+
+    def check(self) -> None:
+        """Raise ConfigError for a size or a seed that cannot be, too."""
+        super().check()
+        if self.image_size < 0:
+            raise ConfigError(f"image_size is {self.image_size}; it must be positive, or 0 for the encoder's own")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"seed is {self.seed}; it must be from 0 to 2^32 - 1")
+
+
+@dataclass(frozen=True)
+class KnnProgram(EncoderProgram):
+    """Classify test images by their nearest train images."""
+
+    name = "knn"
+    sets = ("train", "test")
+    in_miniature: ClassVar[dict[str, Any]] = {"train": BUILTIN_DIGITS, "test": BUILTIN_DIGITS + ":test"}
+
+    train: str = ""
+    """Folder (or http(s) URL) of indexed, labelled shards in which neighbours are looked for; "builtin:digits" for the built-in scans."""
+    test: str = ""
+    """Such a folder of images that are held out."""
+    k: tuple[int, ...] = (10, 20, 100, 200)
+    """Numbers of neighbours, all from one search."""
+    temperature: float = 0.07
+    """A neighbour of cosine s votes exp(s / temperature)."""
+
+
+@dataclass(frozen=True)
+class CachedProbeProgram(EncoderProgram):
+    """The best linear classifier on features that are extracted once, over a grid of weight decays."""
+
+    name = "linear_probe"
+    sets = ("train", "test")
+    in_miniature: ClassVar[dict[str, Any]] = {"train": BUILTIN_DIGITS, "test": BUILTIN_DIGITS + ":test"}
+
+    train: str = ""
+    """Folder (or http(s) URL) of indexed, labelled shards to fit it on; "builtin:digits" for the built-in scans."""
+    test: str = ""
+    """Such a folder of images that are held out, looked at once."""
+    decays: tuple[float, ...] = ()
+    """Weight decays to choose from, on a fifth held out of `train`; empty: 13 from 1 to 1e-6; one: nothing is chosen."""
+
+
+@dataclass(frozen=True)
+class Voc07SvmProgram(EncoderProgram):
+    """Linear support vector machines, one for each class of images that show several."""
+
+    name = "voc07_svm"
+    sets = ("data",)
+    in_miniature: ClassVar[dict[str, Any]] = {"data": BUILTIN_DIGITS}
+
+    data: str = ""
+    """Folder with ImageSets/Main/CLASS_SPLIT.txt and JPEGImages: VOC2007, or what it was unpacked in; "builtin:digits" for the scans."""
+    train_split: str = "trainval"
+    """The split to fit them on."""
+    test_split: str = "test"
+    """The split that is held out."""
+    costs: tuple[float, ...] = (0.01, 0.1, 1.0, 10.0, 100.0, 1000.0)
+    """Values of C to choose from for every class, by 3-fold cross-validation."""
+
+
+@dataclass(frozen=True)
+class GaugesProgram(EncoderProgram):
+    """What features say without labels: effective ranks, spectrum, spread, alignment and uniformity."""
+
+    name = "gauges"
+    sets = ("shards",)
+    in_miniature: ClassVar[dict[str, Any]] = {"shards": BUILTIN_DIGITS, "lidar_images": 100}
+
+    shards: str = ""
+    """Folder (or http(s) URL) of indexed shards; "builtin:digits" for the built-in scans."""
+    samples: int = 25_600
+    """Images to take, evenly spaced over the set; at most all of it."""
+    lidar_images: int = 1000
+    """Images of which LiDAR and alignment see several views, evenly spaced over the set; at most all of it."""
+    lidar_views: int = 10
+    """Views of each of them."""
+    views: str = ""
+    """Augmentation preset of those views; empty: the run's own, of an encoder that is no run official."""
+
+    def check(self) -> None:
+        """Raise ConfigError for numbers of which nothing can be measured, too."""
+        super().check()
+        for name in ("samples", "lidar_images", "lidar_views"):
+            if getattr(self, name) < 2:
+                raise ConfigError(f"{name} is {getattr(self, name)}; at least 2 are needed")
+
+
+@dataclass(frozen=True)
 class RetrievalProgram(EvaluationProgram):
     """Search captions with images and images with captions."""
 

@@ -1,0 +1,185 @@
+"""The linear probe on cached features: the exact optimum for every weight decay of a grid, chosen on a held-out part of the train set.
+
+Softmax regression with a decay of its weights is convex: it has one optimum, which no learning rate, batch, seed or number of epochs
+moves. So the grid is of the one setting that matters, and what is reported is the optimum, found by L-BFGS on all samples at once, on the
+device, each rank with its part of them. It takes minutes where training a head on augmented images takes hours, and gives another number:
+that is the published protocol (`recipes/linear_probe.py` without --cached). `linear_probe` is the same classifier by scikit-learn, without
+collectives, for the small table at the end of a run.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from vicreg_mm import distributed
+from vicreg_mm.evaluation.accuracy import TOPS, places, shares
+from vicreg_mm.evaluation.features import check_pair
+
+DECAYS = tuple(10.0 ** (-half / 2) for half in range(13))  # 1 to 1e-6, as many settings as DINOv2 (arXiv:2304.07193) has learning rates
+HELD_OUT = 0.2  # of each class
+MAX_STEPS = 500  # of L-BFGS for one decay, each from the optimum for the next stronger one
+TOLERANCE = 1e-5  # of the largest entry of the gradient (scikit-learn's default is 1e-4)
+HISTORY = 10
+LOGITS = 2**25  # held at once: 128 MiB in float32 (assumed)
+
+
+class Part(NamedTuple):
+    """This rank's rows of a set, on the device: features [n, F], classes [n]; total: the rows of all ranks."""
+
+    x: Tensor
+    y: Tensor
+    total: int
+
+
+def linear_grid(
+    train_features: Tensor,
+    train_labels: Tensor,
+    test_features: Tensor,
+    test_labels: Tensor,
+    decays: Sequence[float] = DECAYS,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> dict[str, Any]:
+    """Accuracy of the best linear classifier on frozen features, as a JSON-able dict; accuracies in [0, 1].
+
+    min over W [C, F], b [C] of mean_n -log softmax(W x_n + b)[y_n] + decay / 2 * ||W||^2, features standardised by the train set.
+    With scikit-learn's C: decay = 1 / (C N). For each of `decays` a classifier is fitted to four fifths of the train images of each class
+    and scored on the others; the one with the best top-1 there (of equals the strongest decay) is fitted to all of the train set, and
+    only that one meets the test set. With one decay nothing is held out.
+    `top_1`, `top_5`, each with `_low` and `_high`, its 95 % interval; `mean_per_class`, the mean of the top-1 of the classes that occur;
+    `decay`, the one chosen; `border`, "strongest" or "weakest" if no stronger or weaker one was tried, else ""; `held_out`, the top-1 there
+    by decay; `num_held_out`; `gradient`, the largest entry of the last gradient: above `TOLERANCE` the optimum was not quite reached.
+    On several ranks each calls it with the same sets. Raises ValueError, on every rank, for sets that do not fit together, fewer than 2
+    classes, decays that are not above 0, and classes so small that nothing can be held out.
+    """
+    check_pair(train_features, train_labels, test_features, test_labels)
+    decays = _checked(decays)
+    classes, y = train_labels.unique(return_inverse=True)
+    if len(classes) < 2:
+        raise ValueError(f"a linear probe needs at least 2 classes; all train labels are {int(classes[0])}")
+    mean, scale = _scaler(train_features)
+
+    def part(features: Tensor, labels: Tensor) -> Part:
+        return _part((features - mean) / scale, labels, device)
+
+    held = _held_out(y, seed) if len(decays) > 1 else torch.zeros(len(y), dtype=torch.bool)
+    scores: dict[float, float] = {}
+    best = decays[0]
+    if len(decays) > 1:
+        fitted, scored = part(train_features[~held], y[~held]), part(train_features[held], y[held])
+        scores = _scores(fitted, scored, decays, len(classes))
+        best = max(decays, key=lambda decay: (scores[decay], decay))
+        del fitted, scored
+    all_train = part(train_features, y)
+    head, gradient = _fit(all_train, len(classes), best, _zeros(all_train, len(classes)))
+    del all_train
+    hits, per_class = _hits(part(test_features, torch.searchsorted(classes, test_labels.contiguous())), head)
+    return {
+        **shares(hits, len(test_labels)),
+        "mean_per_class": per_class,
+        "decay": best,
+        "border": "" if len(decays) < 2 else {decays[0]: "strongest", decays[-1]: "weakest"}.get(best, ""),
+        "held_out": {f"{decay:.3g}": score for decay, score in scores.items()},
+        "gradient": gradient,
+        "num_train": len(y), "num_held_out": int(held.sum()), "num_test": len(test_labels), "num_classes": len(classes),
+    }  # fmt: skip
+
+
+def _checked(decays: Sequence[float]) -> list[float]:
+    """From strong to weak: each starts where a smoother problem ended."""
+    if not decays or len(set(decays)) < len(decays) or not all(0 < decay < float("inf") for decay in decays):
+        raise ValueError(f"decays {', '.join(f'{decay:g}' for decay in decays) or 'none'}; different numbers above 0 are needed")
+    return sorted(decays, reverse=True)
+
+
+def _scaler(features: Tensor) -> tuple[Tensor, Tensor]:
+    mean = features.mean(dim=0, dtype=torch.float64)
+    scale = torch.stack([(part.double() - mean).square().sum(dim=0) for part in features.split(8192)]).sum(dim=0).div(len(features)).sqrt()
+    constant = scale <= 1e-7 * mean.abs()  # a constant but for rounding tells nothing
+    return mean.float(), torch.where(constant | (scale == 0), 1.0, scale).float()
+
+
+def _held_out(y: Tensor, seed: int) -> Tensor:
+    """A mask of the rows held out: a fifth of every class, rounded, drawn with the seed; of a class of one image none."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(y), generator=generator)
+    order = order[y[order].argsort(stable=True)]  # class by class, in random order
+    counts = torch.bincount(y)
+    place = torch.arange(len(y)) - (counts.cumsum(0) - counts)[y[order]]  # within the class
+    wanted = (counts * HELD_OUT).round().clamp(max=counts - 1)
+    mask = torch.zeros(len(y), dtype=torch.bool)
+    mask[order[place < wanted[y[order]]]] = True
+    if not mask.any():
+        raise ValueError(f"the largest class has {int(counts.max())} train images, of which nothing can be held out: give one decay")
+    return mask
+
+
+def _part(x: Tensor, y: Tensor, device: torch.device | str) -> Part:
+    first, last = (len(x) * r // distributed.world_size() for r in (distributed.rank(), distributed.rank() + 1))
+    return Part(x[first:last].to(device), y[first:last].to(device), len(x))
+
+
+def _zeros(part: Part, num_classes: int) -> Tensor:
+    return part.x.new_zeros(num_classes, part.x.shape[1] + 1)
+
+
+def _scores(fitted: Part, held_out: Part, decays: Sequence[float], num_classes: int) -> dict[float, float]:
+    head, found = _zeros(fitted, num_classes), {}
+    for decay in decays:
+        head, _ = _fit(fitted, num_classes, decay, head)
+        found[decay] = _hits(held_out, head)[0][0] / held_out.total
+    return found
+
+
+def _fit(part: Part, num_classes: int, decay: float, start: Tensor) -> tuple[Tensor, float]:
+    """The optimum [C, F + 1], the bias last, and the largest entry of the gradient there; every rank has the same."""
+    head = torch.nn.Parameter(start.clone())
+    optimizer = torch.optim.LBFGS(
+        [head], max_iter=MAX_STEPS, max_eval=2 * MAX_STEPS, tolerance_grad=TOLERANCE, tolerance_change=1e-9, history_size=HISTORY,
+        line_search_fn="strong_wolfe",
+    )  # fmt: skip
+
+    def loss() -> Tensor:
+        value, head.grad = _loss(part, head.detach(), decay)
+        return value
+
+    optimizer.step(loss)  # type: ignore[arg-type]
+    gradient = _loss(part, head.detach(), decay)[1]
+    return head.detach(), gradient.abs().max().item()
+
+
+def _loss(part: Part, head: Tensor, decay: float) -> tuple[Tensor, Tensor]:
+    """Loss over the samples of all ranks, float64, and its gradient [C, F + 1], by one all-reduce of both: the same bits on every rank."""
+    weight, bias = head[:, :-1], head[:, -1]
+    gradient, value = torch.zeros_like(head), torch.zeros((), dtype=torch.float64, device=head.device)
+    size = max(1, LOGITS // len(head))
+    for x, y in zip(part.x.split(size), part.y.split(size), strict=True):
+        log_p = F.log_softmax(torch.addmm(bias, x, weight.T), dim=1)
+        value -= log_p.gather(1, y.unsqueeze(1)).sum(dtype=torch.float64)
+        error = log_p.exp_()
+        error[torch.arange(len(y), device=y.device), y] -= 1
+        gradient[:, :-1].addmm_(error.T, x)
+        gradient[:, -1] += error.sum(dim=0)
+    both = torch.cat([gradient.double().flatten(), value.view(1)])
+    both = distributed.sum_over_ranks(both) / part.total
+    gradient = both[:-1].view_as(head).to(head.dtype)
+    gradient[:, :-1] += decay * weight
+    return both[-1] + decay / 2 * weight.double().square().sum(), gradient
+
+
+def _hits(part: Part, head: Tensor) -> tuple[list[int], float]:
+    """How many samples of all ranks have their class among the first, for each of `TOPS`; and the mean over classes of the top-1."""
+    counts = torch.zeros(len(TOPS), dtype=torch.int64, device=head.device)
+    per_class = torch.zeros(2, len(head), dtype=torch.int64, device=head.device)
+    size = max(1, LOGITS // len(head))
+    for x, y in zip(part.x.split(size), part.y.split(size), strict=True):
+        place = places(torch.addmm(head[:, -1], x, head[:, :-1].T), y)
+        counts += torch.stack([(place < top).sum() for top in TOPS])
+        per_class += torch.stack([torch.bincount(y[place < 1], minlength=len(head)), torch.bincount(y, minlength=len(head))])
+    distributed.sum_over_ranks(counts)
+    right, size_of = distributed.sum_over_ranks(per_class).double()
+    seen = size_of > 0
+    return counts.tolist(), (right[seen] / size_of[seen]).mean().item()
