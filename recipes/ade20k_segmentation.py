@@ -4,7 +4,7 @@
     deepspeed recipes/ade20k_segmentation.py --encoder timm/vit_base_patch16_224@FILE --resample --data ADEChallengeData2016 \
         --optim.lr 1e-4 --optim.layer_decay 0.65 --drop_path 0.1
     deepspeed recipes/ade20k_segmentation.py --encoder ENCODER --data FOLDER --head linear --frozen --optim.lr 1e-3 --steps 40000
-    ... --data cityscapes --crop 768 --scale 2048 1024 --stride 513;   --data VOCdevkit/VOC2012;   --data FOLDER (see --help)
+    ... --data cityscapes --crop 768 --scale 2048 1024;   --data VOCdevkit/VOC2012;   --data FOLDER (see --help)
     ... --eval_factors 0.5 0.75 1.0 1.25 1.5 1.75 --eval_flip        multi-scale
     ... --draw 20          20 validation images beside ground truth and prediction, in the run directory
 

@@ -17,7 +17,7 @@ To be compared with, ResNet-50 pretrained on ImageNet for 1,000 epochs, Mask R-C
     MoCo v2       39.8        36.1
     VICReg        39.4        36.4        (users report 38.0 for the box AP)
 
-Expected: the toy table says nothing; on CamVid: recipes/LOG.md.
+Source of every number: the recipes that it runs. Expected: the toy table says nothing; on CamVid: recipes/LOG.md.
 """
 
 from vicreg_mm.study.transfers import TransferTable, main

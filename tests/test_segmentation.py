@@ -82,7 +82,7 @@ def test_an_unknown_head_is_told_with_the_known_ones():
 
 
 MISTAKES = {
-    "crop has 50 pixels, no multiple of the patch of encoder 'timm/test_vit', 16 pixels; choose 48 or 64": {"crop": 50, "stride": 50},
+    "crop has 50 pixels, no multiple of the patch of encoder 'timm/test_vit', 16 pixels; choose 48 or 64": {"crop": 50},
     "engine.zero_stage 3 gathers parameters": {"engine": EngineConfig(zero_stage=3)},
     "stride is 100, above crop 64": {"crop": 64, "stride": 100},
     "stride 48 has no effect: inference whole has no windows": {"crop": 64, "stride": 48, "inference": "whole"},

@@ -101,7 +101,9 @@ def build_segmenter(config: SegmentationConfig, num_classes: int, device: torch.
 
 def inference_of(config: SegmentationConfig) -> Inference:
     """How the configuration wants whole images to be looked at."""
-    return Inference(config.inference, config.scale, config.crop, config.stride, config.eval_factors, config.eval_flip)
+    return Inference(
+        config.inference, config.scale, config.crop, config.stride or config.crop * 2 // 3, config.eval_factors, config.eval_flip
+    )
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ class SegmentationConfig(TaskConfig):
     )  # fmt: skip
     sets: ClassVar[tuple[str, ...]] = ("data",)
     in_miniature: ClassVar[dict[str, Any]] = {
-        "data": BUILTIN_SCENES, "encoder": "timm/test_resnet@random", "batch": 8, "scale": (160, 128), "crop": 96, "stride": 64,
+        "data": BUILTIN_SCENES, "encoder": "timm/test_resnet@random", "batch": 8, "scale": (160, 128), "crop": 96, "stride": 0,
         "width": 64, "drop_path": 0.0, "taps": (), "allow": (), "resample": False, "draw": 4,
     }  # fmt: skip
     miniature_data: ClassVar[str] = "the built-in scenes"
@@ -62,8 +62,8 @@ class SegmentationConfig(TaskConfig):
     """Brightness, contrast, saturation and hue."""
     inference: Literal["slide", "whole"] = "slide"
     """slide: windows of `crop` pixels every `stride`; whole: the image at once."""
-    stride: int = 341
-    """Pixels between two windows."""
+    stride: int = 0
+    """Pixels between two windows; 0: two thirds of `crop`, of 512 the published 341."""
     eval_factors: tuple[float, ...] = (1.0,)
     """Multiples of `scale` at which images are evaluated; multi-scale as published: 0.5 0.75 1.0 1.25 1.5 1.75."""
     eval_flip: bool = False
@@ -79,7 +79,7 @@ class SegmentationConfig(TaskConfig):
     def check(self) -> None:
         """Raise ConfigError for values that no such training can have."""
         super().check()
-        check_signs(self, ("width", "crop", "stride"), ("num_classes", "auxiliary"))
+        check_signs(self, ("width", "crop"), ("num_classes", "auxiliary", "stride"))
         for name in ("drop_path", "dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it is a rate, from 0 to below 1")
