@@ -33,9 +33,16 @@ def test_encoders_stand_in_one_table_and_each_edition_of_the_data_in_its_own():
 def test_options_that_differ_stand_in_columns_and_are_told():
     trained = row("runs/b", optim={"lr": 0.1, "name": "sgd"}, checkpoint={"keep": 1}, epochs=3)
     (table,) = tables([row_of(row()), row_of(trained)])
-    assert table.lines[0] == ["encoder", "top-1, %", "batch", "optim.lr", "optim.name", "epochs"]
+    assert table.lines[0] == ["encoder", "top-1, %", "batch", "optim.lr", "optim.name", "epochs"]  # where nothing is trained, batch is none
     assert table.lines[1:] == [["runs/a", "50.0", "-", "-", "-", "-"], ["runs/b", "50.0", "64", "0.1", "sgd", "3"]]
     assert table.notes == ["the lines differ in batch, optim.lr, optim.name, epochs: not in the encoder alone"]
+
+
+def test_many_options_that_differ_stand_in_a_legend():
+    other = row("runs/b", k=5, a="x", b=[], c=None, d=2.5)
+    (table,) = tables([row_of(row()), row_of(other), row_of(row("runs/c"))])
+    assert [line[-1] for line in table.lines] == ["protocol", "A", "B", "A"]
+    assert table.notes == ["the lines differ in protocol: not in the encoder alone", "A: k 20", "B: k 5, a x, b [], c null, d 2.5"]
 
 
 def test_options_that_move_no_result_are_no_difference_but_the_batch_of_a_training_is():

@@ -117,7 +117,7 @@ def _told_by_config(told: dict[str, Any]) -> dict[str, Any]:
     optim = told.get("optim") or {}
     name, at, weights = str(told.get("encoder", "")).rpartition("@")
     facts: dict[str, Any] = {"from the encoder": f"{name}{at}{Path(weights).name}"} if weights else {}
-    facts |= {key: told[key] for key in ("batch", "epochs", "seed") if key in told}
+    facts |= {key: told[key] for key in ("batch", "seed") if key in told}
     return facts | {f"optim.{key}": optim[key] for key in ("name", "lr", "lr_batch", "weight_decay", "layer_decay") if key in optim}
 
 

@@ -15,6 +15,8 @@ from vicreg_mm.task_config import TaskConfig
 
 NO_MATTER = (*TaskConfig.free_to_change, "name", "encoder", "cache", "cache_gib", "smoke_steps")
 """Options that move no result, as dotted names, or beginnings of them that end in a dot; the encoder is the line itself."""
+MAX_COLUMNS = 4
+"""Of options that differ; where there are more, as between two programs, a letter stands for them and a note tells them."""
 SHORT = 12
 """Letters of an edition that are shown."""
 
@@ -113,23 +115,41 @@ def _option(row: Row, name: str) -> str:
 
 def _table(rows: Sequence[Row]) -> Table:
     options = differing(rows)
+    names, protocols, legend = _protocols(rows, options)
     headings = list(dict.fromkeys(heading for row in rows for heading in row.numbers))
-    lines = [["encoder", *headings, *options]]
+    lines = [["encoder", *headings, *names]]
     chance = {heading: _chance(rows, heading) for heading in headings}
     if any(chance.values()):
-        lines.append(["chance", *(chance[heading] or "-" for heading in headings), *("-" for _ in options)])
-    for row in rows:
+        lines.append(["chance", *(chance[heading] or "-" for heading in headings), *("-" for _ in names)])
+    for row, protocol in zip(rows, protocols, strict=True):
         cells = [_cell(row.numbers[heading], heading) if heading in row.numbers else "-" for heading in headings]
-        line = [row.encoder, *cells, *(_option(row, name) for name in options)]
+        line = [row.encoder, *cells, *protocol]
         if line not in lines:
             lines.append(line)
+    return Table(": ".join(filter(None, (rows[0].evaluation, data_words(rows[0].data)))), lines, [*_notes(rows, options), *legend])
+
+
+def _protocols(rows: Sequence[Row], options: Sequence[str]) -> tuple[list[str], list[list[str]], list[str]]:
+    """Headings and cells that tell how rows differ, and a legend of the cells: a column for each option, or one of letters."""
+    values = [[_option(row, name) for name in options] for row in rows]
+    if len(options) <= MAX_COLUMNS:
+        return list(options), values, []
+    letters = {tuple(cells): f"{chr(65 + k % 26)}{k // 26 or ''}" for k, cells in enumerate(dict.fromkeys(map(tuple, values)))}
+    legend = [
+        f"{letter}: " + ", ".join(f"{name} {value}" for name, value in zip(options, cells, strict=True) if value != "-")
+        for cells, letter in letters.items()
+    ]
+    return ["protocol"], [[letters[tuple(cells)]] for cells in values], legend
+
+
+def _notes(rows: Sequence[Row], options: Sequence[str]) -> list[str]:
     numbers = [number for row in rows for number in row.numbers.values()]
     notes = ["in brackets: 95 % interval"] if any(number.low is not None for number in numbers) else []
     notes += ["±: standard deviation over draws"] if any(number.std is not None for number in numbers) else []
     unknown = [name for name, known in rows[0].data.items() if not (isinstance(known, Mapping) and known.get("edition"))]
     notes += [f"no edition of {', '.join(unknown)} is known: only path and size say that it is the same"] if unknown else []
-    notes += [f"the lines differ in {', '.join(options)}: not in the encoder alone"] if options else []
-    return Table(": ".join(filter(None, (rows[0].evaluation, data_words(rows[0].data)))), lines, notes)
+    told = "protocol" if len(options) > MAX_COLUMNS else ", ".join(options)
+    return notes + ([f"the lines differ in {told}: not in the encoder alone"] if options else [])
 
 
 def data_words(data: Mapping[str, Any]) -> str:
@@ -145,8 +165,8 @@ def data_words(data: Mapping[str, Any]) -> str:
 
 
 def _chance(rows: Sequence[Row], heading: str) -> str | None:
-    """Where all lines that have the number tell the same."""
-    found = {row.numbers[heading].chance for row in rows if heading in row.numbers}
+    """Where all lines that tell it tell the same."""
+    found = {row.numbers[heading].chance for row in rows if heading in row.numbers} - {None}
     value = found.pop() if len(found) == 1 else None
     return None if value is None else _digits(value, heading)
 
