@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from vicreg_mm import distributed
+from vicreg_mm.classification_config import ClassificationConfig
 from vicreg_mm.config import ConfigError
 from vicreg_mm.encoder_file import open_encoder
+from vicreg_mm.encoders import VisionEncoder
 from vicreg_mm.encoders.tokens import features_of
 from vicreg_mm.evaluation.features import Encode, extract_features, frozen
 from vicreg_mm.evaluation.zero_shot import check_class_names
@@ -62,19 +64,30 @@ def open_image_encoder(config: EncoderProgram, device: torch.device) -> ImageEnc
 
     The same on every rank. Raises ValueError as `encoder_file.open_encoder` and `encoders.tokens.features_of` do.
     """
+    encoder = open_vision(config)
+    module, description = features_of(encoder, config.features), describe(config, encoder)
+    description["num_features"] = module.num_features
+    module = module.to(device).eval()
+    return ImageEncoder(module, frozen(module), EvalTransform(encoder.input_size), encoder.input_size, description)  # type: ignore[arg-type]
+
+
+def open_vision(config: EncoderProgram | ClassificationConfig, drop_path: float = 0.0) -> VisionEncoder:
+    """The encoder itself, on the CPU. drop_path: as of `encoder_file.open_encoder`."""
     options = {name: value for name in ("pooling", "stem") if (value := getattr(config, name)) is not None}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        encoder = open_encoder(
-            config.encoder, image_size=config.image_size or None, allow=config.allow, resample=config.resample, **options
-        )
-    module = features_of(encoder, config.features)
-    description = {
+        return open_encoder(
+            config.encoder, image_size=config.image_size or None, allow=config.allow, resample=config.resample, drop_path=drop_path,
+            **options,
+        )  # fmt: skip
+
+
+def describe(config: EncoderProgram | ClassificationConfig, encoder: VisionEncoder) -> dict[str, Any]:
+    """What a row tells of an encoder."""
+    return {
         "source": config.encoder, "name": encoder.name, "sha256": digest(encoder.net), "features": config.features,
-        "num_features": module.num_features, "image_size": encoder.input_size, "mean": list(encoder.mean), "std": list(encoder.std),
+        "image_size": encoder.input_size, "mean": list(encoder.mean), "std": list(encoder.std),
     }  # fmt: skip
-    module = module.to(device).eval()
-    return ImageEncoder(module, frozen(module), EvalTransform(encoder.input_size), encoder.input_size, description)  # type: ignore[arg-type]
 
 
 def digest(net: nn.Module) -> str:
@@ -86,7 +99,7 @@ def digest(net: nn.Module) -> str:
     return total.hexdigest()
 
 
-def open_index(config: EvaluationProgram, shards: str) -> ShardIndex:
+def open_index(config: EvaluationProgram | ClassificationConfig, shards: str) -> ShardIndex:
     """The index of a set; raises ConfigError for a cache that has no effect."""
     index = ShardIndex.open(shard_folder(shards), cache_dir=config.cache or None)
     if config.cache and not index.remote:
@@ -109,7 +122,7 @@ def told(shards: str, index: ShardIndex) -> dict[str, Any]:
     return {"path": shards, "edition": index.edition, "num_samples": index.num_samples}
 
 
-def open_train_and_test(config: EvaluationProgram, train: str, test: str) -> tuple[ShardIndex, ShardIndex]:
+def open_train_and_test(config: EvaluationProgram | ClassificationConfig, train: str, test: str) -> tuple[ShardIndex, ShardIndex]:
     """The indices of a labelled train and test set.
 
     Raises ValueError where one has no labels, the same shards are in both, or their classes.json are not of the same classes.
