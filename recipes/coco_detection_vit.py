@@ -12,7 +12,7 @@ weight decay 0.1 and none on norms and other 1-d parameters, warm-up over 250 st
 drop path 0.1 for ViT-B, 0.8 and 0.4 for ViT-L; large-scale jitter 0.1 to 2 in squares of 1024 pixels; attention in windows of 14 x 14
 patches save in four blocks; two convolutions before the proposals, four and a layer in the box head, LayerNorm in the heads.
 Other than there: no relative position embeddings; bf16 for fp16; position embeddings are decayed; heads as in coco_detection.py.
-Expected: published, not run here: MAE ViT-B 51.6 box / 45.9 mask, ViT-L 55.6 / 49.2; for VICReg none is published.
+Expected: published, not run here: MAE (detectron2) ViT-B 51.6 box / 45.9 mask, ViT-L 55.5 / 49.2; for VICReg none is published.
 """
 
 from vicreg_mm.detect import detection

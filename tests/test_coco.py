@@ -138,6 +138,9 @@ def test_what_cannot_be_read_at_all_is_said(tmp_path):
     path.write_text('{"images": []}')
     with pytest.raises(ValueError, match="no file of COCO's instances: it has no annotations, categories"):
         read_coco(path, folder, masks=True)
+    captions = write(tmp_path / "c", [{"id": 1, "image_id": 7, "caption": "a dog"}])
+    with pytest.raises(ValueError, match="number 0 of its annotations lacks bbox, category_id; are these"):
+        read_coco(*find_coco(captions, "train"), masks=True)
     crowds = read_coco(*find_coco(write(tmp_path / "b", [instance(1, iscrowd=1)]), "train"), masks=True)
     with pytest.raises(ValueError, match="no image with an instance to train on"):
         crowds.training_rows()
@@ -147,7 +150,7 @@ def test_a_view_depends_on_seed_epoch_and_row_alone_and_leaves_the_random_state(
     jitter, image = scale_jitter(32), coco.image(0)
     torch.manual_seed(5)
     before = torch.random.get_rng_state()
-    views = [augment(jitter, image, coco.target(0), key) for key in ((0, 0, 1), (0, 0, 1), (0, 1, 1), (0, 0, 2))]
+    views = [augment(jitter, image, coco.target(0), key) for key in ((0, 0, 1), (0, 0, 1), (1, 0, 1), (0, 1, 1), (0, 0, 2))]
     assert torch.equal(torch.random.get_rng_state(), before)
     assert torch.equal(views[0][0], views[1][0]) and torch.equal(views[0][1]["boxes"], views[1][1]["boxes"])
     assert all(views[0][0].shape != view[0].shape or not torch.equal(views[0][0], view[0]) for view in views[2:])

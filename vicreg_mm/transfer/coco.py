@@ -13,6 +13,11 @@ import numpy as np
 from vicreg_mm.transfer.instances import InstanceMasks, InstanceSet, Tally, files_in
 
 _NOT_THERE = "instances of images that are not there"
+_KEYS = {
+    "images": {"id", "file_name", "height", "width"},
+    "annotations": {"id", "image_id", "category_id", "bbox"},
+    "categories": {"id", "name"},
+}
 
 
 def find_coco(folder: str | Path, split: str) -> tuple[Path, Path]:
@@ -100,12 +105,17 @@ def read_coco(annotations: Path, images: Path, *, masks: bool) -> InstanceSet:
 def _read(annotations: Path) -> dict[str, Any]:
     try:
         content = json.loads(annotations.read_bytes())
-        if {"images", "annotations", "categories"} <= content.keys():
-            return content
-        missing = ", ".join(sorted({"images", "annotations", "categories"} - content.keys()))
+        missing = ", ".join(sorted(_KEYS.keys() - content.keys()))
     except (OSError, ValueError, AttributeError) as error:
         raise ValueError(f"cannot read {annotations}: {error}") from error
-    raise ValueError(f"{annotations} is no file of COCO's instances: it has no {missing}")
+    if missing:
+        raise ValueError(f"{annotations} is no file of COCO's instances: it has no {missing}")
+    for kind, keys in _KEYS.items():
+        for number, entry in enumerate(content[kind]):
+            if not keys <= entry.keys():
+                lacking = ", ".join(sorted(keys - entry.keys()))
+                raise ValueError(f"{annotations}: number {number} of its {kind} lacks {lacking}; are these the annotations of instances?")
+    return content
 
 
 def _fault(annotation: dict[str, Any], image: dict[str, Any], masks: bool) -> str | None:
