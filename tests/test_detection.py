@@ -7,6 +7,7 @@ import torch
 from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import roi_align
 
 from vicreg_mm.encoders import build_vision
@@ -92,6 +93,17 @@ def test_regions_are_pooled_at_their_maps_stride_however_much_the_images_are_pad
     box = torch.tensor([[3.0, 5.0, 20.0, 30.0]])  # of an image of 64 pixels in a square of 256
     pooled = _pool((4, 8, 16, 32), 7)(maps, [box], [(64, 64)])
     assert torch.allclose(pooled, roi_align(maps["0"], [box], 7, 1 / 4, 2))
+
+
+def test_anchors_and_proposals_are_exact_to_the_pixel_under_autocast(pyramid):
+    """bf16 knows only every fourth of the numbers beyond 512."""
+    rpn, images = pyramid.net.rpn, ImageList(torch.empty(1, 3, 64, 1024), [(64, 1024)])
+    maps = [torch.rand(1, 64, 64 // stride, 1024 // stride) for stride in (4, 8, 16, 32, 64)]
+    with torch.autocast("cpu", torch.bfloat16):
+        half = rpn.anchor_generator(images, [x.bfloat16() for x in maps])[0]
+        found = rpn.head([maps[-1][..., :1]])
+    assert torch.equal(half, rpn.anchor_generator(images, maps)[0]) and half.dtype == torch.float32
+    assert {part[0].dtype for part in found} == {torch.float32}
 
 
 def test_the_last_stage_is_the_box_head_of_c4_once_in_the_state_dict_and_learns_there():

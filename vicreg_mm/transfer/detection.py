@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.rpn import RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
@@ -159,8 +160,8 @@ def _on_pyramid(encoder: VisionEncoder, num_classes: int, config: DetectionConfi
     fc = config.box_head == "2fc"
     parts: dict[str, Any] = {
         "backbone": backbone,
-        "rpn_anchor_generator": AnchorGenerator(tuple((size,) for size in config.anchors), (RATIOS,) * len(config.anchors)),
-        "rpn_head": RPNHead(width, len(RATIOS), config.rpn_convs),
+        "rpn_anchor_generator": Anchors(tuple((size,) for size in config.anchors), (RATIOS,) * len(config.anchors)),
+        "rpn_head": ProposalHead(width, len(RATIOS), config.rpn_convs),
         "box_roi_pool": _pool(backbone.strides[:4], 7),
         "box_head": TwoMLPHead(width * 7 * 7, fc_width) if fc else FastRCNNConvFCHead((width, 7, 7), [width] * 4, [fc_width], norm),
         "box_predictor": FastRCNNPredictor(fc_width, num_classes + 1),
@@ -180,8 +181,8 @@ def _c4(encoder: VisionEncoder, num_classes: int, config: DetectionConfig) -> di
     backbone, width = OneMap(StageMaps(encoder, taps=[-2])), StageMaps(encoder, taps=[-1]).channels[0]
     return {
         "backbone": backbone,
-        "rpn_anchor_generator": AnchorGenerator((config.anchors,), (RATIOS,)),
-        "rpn_head": RPNHead(backbone.out_channels, len(config.anchors) * len(RATIOS), config.rpn_convs),
+        "rpn_anchor_generator": Anchors((config.anchors,), (RATIOS,)),
+        "rpn_head": ProposalHead(backbone.out_channels, len(config.anchors) * len(RATIOS), config.rpn_convs),
         "rpn_pre_nms_top_n_train": 12 * config.proposals,
         "rpn_pre_nms_top_n_test": 6 * config.proposals,
         "rpn_post_nms_top_n_train": 2 * config.proposals,
@@ -189,6 +190,21 @@ def _c4(encoder: VisionEncoder, num_classes: int, config: DetectionConfig) -> di
         "box_head": LastStage(encoder, (_norm_layer(config.norm) or nn.Identity)(width)),
         "box_predictor": FastRCNNPredictor(width, num_classes + 1),
     }
+
+
+class Anchors(AnchorGenerator):
+    """torchvision's anchors in float32, whatever the maps are in: bf16 would lay them on a grid of 4 pixels beyond the 512th."""
+
+    def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
+        return super().forward(image_list, [x[:, :0].float() for x in feature_maps])  # it asks them for size, type and device alone
+
+
+class ProposalHead(RPNHead):
+    """torchvision's head with float32 results: proposals are decoded in their type."""
+
+    def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        objectness, deltas = super().forward(x)
+        return [part.float() for part in objectness], [part.float() for part in deltas]
 
 
 class OneMap(nn.Module):
