@@ -21,7 +21,7 @@ from .ranks import run_ranks
 
 SGD = OptimConfig(name="sgd", lr=1.0, lr_batch=8, momentum=0.0, weight_decay=0.0, warmup_epochs=0)
 ADAMW = OptimConfig(lr=1e-3, lr_batch=8, warmup_epochs=0, layer_decay=0.7)
-BAD = {"train": (1, 4), "test": (2,)}  # rows that cannot be read
+BAD = {"train": (1, 2), "test": (2,)}  # rows that cannot be read
 RESUMED = 4  # steps, of which the last two are done again
 
 
