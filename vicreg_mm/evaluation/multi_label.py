@@ -29,7 +29,7 @@ class MultiLabelSet(NamedTuple):
 def find_folder(data: str) -> Path:
     """The folder with ImageSets/Main: `data`, or the only one below it as VOC unpacks (VOCdevkit/VOC2007)."""
     root = Path(data)
-    found = sorted(path for pattern in (".", "*", "VOCdevkit/*") for path in root.glob(pattern) if (path / LISTS).is_dir())
+    found = [path for path in (root, *sorted(root.glob("*")), *sorted(root.glob("VOCdevkit/*"))) if (path / LISTS).is_dir()]
     if len(found) != 1:
         several = f"has several folders with {LISTS}: {', '.join(map(str, found))}; name one" if found else f"has no {LISTS}"
         raise ConfigError(f"{data} {several}" if root.exists() else f"no folder {data}; expected one with {LISTS} and {IMAGES}")
