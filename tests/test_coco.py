@@ -176,7 +176,8 @@ def test_the_short_side_has_one_of_the_sizes_and_boxes_and_masks_follow(coco):
         assert (y0, y1) == (5 * height / 40, 25 * height / 40) and x1 - x0 == 20 * width / 60
         assert target["masks"][0, round(y0) : round(y1), round(x0) : round(x1)].float().mean() >= 0.9
     assert seen == {20, 30}
-    assert fixed_size(30, 40)(torch.zeros(3, 40, 60, dtype=torch.uint8)).shape == (3, 26, 40)
+    for sides, shape in (((30, 100), (30, 45)), ((30, 40), (26, 40)), ((32, 32), (21, 32)), ((80, 32), (21, 32))):
+        assert fixed_size(*sides)(torch.zeros(3, 40, 60, dtype=torch.uint8)).shape[1:] == shape
 
 
 def voc_folder(root, year="2007", image_set="trainval"):

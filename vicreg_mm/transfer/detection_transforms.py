@@ -39,7 +39,8 @@ def scale_jitter(side: int, scale: tuple[float, float] = (0.1, 2.0), flip: float
 
 def fixed_size(size: int, max_size: int) -> v2.Transform:
     """The short side at `size` pixels, unless the long side would pass `max_size`: for evaluation. Targets stay as they are."""
-    return v2.Resize(size, max_size=max_size, antialias=True)
+    # torchvision refuses a long side that is not above the short one; then the long side alone decides
+    return v2.Resize(size if size < max_size else None, max_size=max_size, antialias=True)
 
 
 def augment(transform: v2.Transform, image: np.ndarray, target: Target, key: tuple[int, int, int]) -> tuple[Tensor, Target]:
