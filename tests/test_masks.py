@@ -99,8 +99,10 @@ def test_images_without_a_mask_and_masks_without_an_image_are_left_out_and_told(
 
 
 def test_a_folder_without_any_pair_is_refused_with_the_layouts_that_are_known(tmp_path):
-    with pytest.raises(ValueError, match=r"no images and masks of train .* images/training and annotations/training"):
+    with pytest.raises(ValueError, match=r"no images and masks of train .* images/train and annotations/train "):
         open_masked_images(str(tmp_path), "train")
+    with pytest.raises(ValueError, match="elsewhere is no folder"):
+        open_masked_images(str(tmp_path / "elsewhere"), "train")
 
 
 DAMAGES = {

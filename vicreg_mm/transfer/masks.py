@@ -112,11 +112,13 @@ def open_masked_images(folder: str, split: str, num_classes: int = 0, reduce_zer
     num_classes: where no file tells the classes. reduce_zero_label: whether label 0 is dropped; None: in ADE20K's folders
     ("training", "validation") alone. Raises ConfigError for a folder without pairs, or whose classes are not known.
     """
+    if not Path(folder).is_dir():
+        raise ConfigError(f"{folder} is no folder; name one of images and masks")
     found = next((layout for find in _LAYOUTS if (layout := find(Path(folder), split)) is not None), None)
     if found is None or not set(found.images) & set(found.masks):
         raise ConfigError(
-            f"{folder} has no images and masks of {split} that belong together: expected images/training and annotations/training (ADE20K; "
-            "train will do), leftImg8bit and gtFine (Cityscapes), or JPEGImages, SegmentationClass and ImageSets/Segmentation (Pascal VOC)"
+            f"{folder} has no images and masks of {split} that belong together: expected images/{split} and annotations/{split} (of ADE20K "
+            "training and validation), leftImg8bit and gtFine (Cityscapes), or JPEGImages, SegmentationClass and ImageSets/Segmentation (VOC)"
         )
     names = _class_names(Path(folder), num_classes, found.class_names)
     drops = found.drops_zero if reduce_zero_label is None else reduce_zero_label
