@@ -118,7 +118,7 @@ def open_masked_images(folder: str, split: str, num_classes: int = 0, reduce_zer
     if found is None or not set(found.images) & set(found.masks):
         raise ConfigError(
             f"{folder} has no images and masks of {split} that belong together: expected images/{split} and annotations/{split} (of ADE20K "
-            "training and validation), leftImg8bit and gtFine (Cityscapes), or JPEGImages, SegmentationClass and ImageSets/Segmentation (VOC)"
+            "training and validation), leftImg8bit and gtFine (Cityscapes), or JPEGImages, SegmentationClass and ImageSets (VOC)"
         )
     names = _class_names(Path(folder), num_classes, found.class_names)
     drops = found.drops_zero if reduce_zero_label is None else reduce_zero_label
