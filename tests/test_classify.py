@@ -16,10 +16,11 @@ from tests.shard_makers import jpeg, write_set
 from tests.test_recipes import recipe
 from tests.tiny import metrics
 from vicreg_mm.classification_config import ClassificationConfig
-from vicreg_mm.classify import build_classifier, measure_classification
+from vicreg_mm.classify import build_classifier, classification, measure_classification
 from vicreg_mm.command_line import parse_program, with_options
 from vicreg_mm.encoder_file import open_encoder
 from vicreg_mm.evaluation.classifier_sets import open_sets, training_data
+from vicreg_mm.evaluation.results import read_rows
 from vicreg_mm.evaluation.sources import open_vision
 from vicreg_mm.input.shards import write_index
 from vicreg_mm.input.subset import rows_of_list
@@ -39,11 +40,15 @@ def config_of(train, test, run="", optim=None, **changes):
     )  # fmt: skip
 
 
-def measure_all(configs):
+def measure_all(configs, few_label):
+    """What each configuration gives; and run the recipe few_label, with its arguments, as from the command line."""
     from vicreg_mm import distributed
 
     device = distributed.start()
-    return [measure_classification(config, device)._asdict() for config in configs]
+    found = [measure_classification(config, device)._asdict() for config in configs]
+    distributed.stop = lambda: None  # the rank of a test goes on
+    classification(recipe("few_label"), None, sys.modules["recipe_few_label"].published, few_label)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +65,22 @@ def runs(digits, tmp_path_factory):
             "few", mode="finetune", per_class=8, batch=16, features="mean", optim={"lr": 0.01, "layer_decay": 0.5, "lr_batch": 16}
         ),
     }  # fmt: skip
-    found = run_ranks(measure_all, 1, list(configs.values()))[0]
+    words = ["--encoder", "timm/test_resnet@random", "--train", digits["train"], "--test", digits["test"], "--fraction", "0.04"]
+    words += [
+        "--mode",
+        "linear",
+        "--image_size",
+        "32",
+        "--batch",
+        "30",
+        "--epochs",
+        "1",
+        "--workers",
+        "0",
+        "--run",
+        str(folder / "program"),
+    ]
+    found = run_ranks(measure_all, 1, list(configs.values()), words)[0]
     return {name: (config, measured) for (name, config), measured in zip(configs.items(), found, strict=True)}
 
 
@@ -131,6 +151,14 @@ def test_the_few_images_that_were_seen_are_listed_beside_the_row(runs, digits):
         training_data(config, given, 32).fingerprint["rows"]
         != training_data(config, given._replace(rows=given.rows[1:]), 32).fingerprint["rows"]
     )
+
+
+def test_the_program_writes_its_row_with_what_the_share_of_labels_implies(runs):
+    folder = Path(runs["few"][0].run).parent / "program" / "evaluations"
+    (row,) = read_rows(folder)
+    assert row["evaluation"] == "few_label" and row["options"]["optim"]["lr"] == 0.1 and row["options"]["epochs"] == 1
+    assert row["data"]["train"]["num_seen"] == 60 and (folder / row["data"]["train"]["list"]).exists()
+    assert {"top_1", "top_5", "mean_per_class"} == set(row["headline"])
 
 
 def test_everything_learns_when_fine_tuning_and_the_head_alone_in_a_linear_probe(digits):
