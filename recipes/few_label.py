@@ -13,7 +13,7 @@ which holds its hash.
 Source of every number: facebookresearch/vicreg, README (batch 256, 20 epochs, no weight decay, cosine; rates of encoder and classifier
 0.03 and 0.08 for 1 %, 0.01 and 0.1 for 10 %). Control row: google-research/s4l, config/supervised_imagenet_{1,10}p.sh (arXiv:1905.03670),
 whose figures all tables repeat; there with a pre-activation ResNet-50, and for 1 % with colour noise.
-Expected, top-1 / top-5 in %, with 1 % and 10 % of ImageNet, ResNet-50 (not run here):
+Expected: top-1 / top-5 in %, with 1 % and 10 % of ImageNet, ResNet-50 (not run here):
     VICReg, 1000 epochs      54.8 / 79.4    69.5 / 89.5    arXiv:2105.04906, table 1 (51.7 and 67.2 in the reference document)
     supervised               25.4 / 48.4    56.4 / 80.4
 """
