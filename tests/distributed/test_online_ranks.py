@@ -1,19 +1,38 @@
 """What is measured during training: it leaves the training as it is, at every ZeRO stage, and equals what is measured afterwards."""
 
+import dataclasses
 import json
+import shutil
+import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from tests.test_online_head import CLASSES, FEATURES, batch
 from tests.tiny import metrics
 from vicreg_mm import config as configs
+from vicreg_mm.assemble import needs_of, open_index, open_tokenizer, views_of
+from vicreg_mm.evaluation.features import extract_features, frozen
+from vicreg_mm.evaluation.held_out import held_out_loss
+from vicreg_mm.evaluation.image_text import load_run
+from vicreg_mm.evaluation.online_head import FILE, OnlineHead
+from vicreg_mm.input.loader import HeldOutViews
+from vicreg_mm.input.shards import write_index
+from vicreg_mm.pretrain import open_evaluation
 
 from .ranks import run_ranks
 from .test_image_text_ranks import text_config
 
+HELD_OUT = 61  # images: one batch of 32, and 29 that fill none
+CUTS = ([0, 12], [5, 12], [12, 12], [0, 9])  # where the rows of a rank end
 
-def train_all(given):
-    """On each rank: train every configuration, and measure as the program does at the end."""
+
+def train_all(given, resumed):
+    """On each rank: train every configuration, and measure as the program does at the end; go on with the copy of a run; train a head on
+    rows that are unevenly cut."""
     from vicreg_mm import distributed
     from vicreg_mm.pretrain import evaluate, evaluate_pairs, open_evaluation, open_pair_evaluation, pretrain
 
@@ -24,30 +43,67 @@ def train_all(given):
         if config.evaluation.every_epochs and config.engine.zero_stage:
             evaluate(config, run, loaders, device)
             evaluate_pairs(run, pairs, device)
+    if distributed.is_main():
+        shutil.copytree(given[1].run, resumed.run)
+        shutil.rmtree(Path(resumed.run) / "checkpoints" / "step-00000004")
+    distributed.barrier()
+    pretrain(resumed, device, open_evaluation(resumed), open_pair_evaluation(resumed))
+    return cut_head(distributed.rank())
+
+
+def cut_head(rank):
+    """The logs and the files of a head that sees a part of the rows of every batch."""
+    head, logged = OnlineHead(FEATURES, CLASSES), []
+    for step, ends in enumerate(CUTS):
+        data, logs = batch(step)
+        own = slice(([0, *ends])[rank], ends[rank])
+        part = SimpleNamespace(labels=data.labels[own], rows=data.rows[own])
+        logged.append({name: value.item() for name, value in head(part, {"features": logs["features"][own]}).items()})
+    return logged, head.files()
 
 
 @pytest.fixture(scope="module")
-def runs(digits, tmp_path_factory):
-    """(ZeRO stage, measured or not) -> configuration of a run of 4 steps on two ranks; every second is measured."""
+def held_out(digits, tmp_path_factory):
+    """The first images of the digits' test set."""
+    folder = tmp_path_factory.mktemp("held out")
+    with tarfile.open(sorted(Path(digits["test"]).glob("*.tar"))[0]) as source, tarfile.open(folder / "a.tar", "w") as target:
+        for member in source.getmembers()[: 3 * HELD_OUT]:
+            target.addfile(member, source.extractfile(member))
+    shutil.copy(Path(digits["test"]) / "classes.json", folder)
+    write_index(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def runs(digits, held_out, tmp_path_factory):
+    """(ZeRO stage, measured or not) -> configuration of a run of 4 steps on two ranks. "resumed": of one that went on with the second
+    step of (0, True); "heads": what `cut_head` gave on each rank."""
     folder = tmp_path_factory.mktemp("online")
     found = {}
-    for stage in (0, 3):
-        for every in (0.0, 2 / 46):
-            test = configs.EvaluationConfig(
-                train=digits["train"], test=digits["test"], limit=256, templates="builtin:digits", every_epochs=every
-            )
-            changes = {"steps": 4, "engine__zero_stage": stage, "expander__projection": 16, "evaluation": test}
-            run = folder / f"{stage} {every > 0}"
-            found[stage, every > 0] = text_config(digits["train"], run, "crossmodal", **changes)
-    run_ranks(train_all, 2, list(found.values()), timeout_seconds=400)
-    return found
+    for stage, online in ((0, False), (0, True), (3, True)):
+        test = configs.EvaluationConfig(
+            train=digits["train"], test=held_out, limit=150, templates="builtin:digits", every_epochs=2 / 46 if online else 0.0,
+            online_head=online,
+        )  # fmt: skip
+        changes = {"steps": 4, "engine__zero_stage": stage, "expander__projection": 16, "evaluation": test}
+        config = text_config(digits["train"], folder / f"{stage} {online}", "crossmodal", checkpoint__every_steps=2, **changes)
+        options = {**config.objective.options, "weighting": "uncertainty", "weighting_start": 0.0}
+        found[stage, online] = dataclasses.replace(config, objective=dataclasses.replace(config.objective, options=options))
+    resumed = dataclasses.replace(found[0, True], run=str(folder / "resumed"), resume=True)
+    heads = run_ranks(train_all, 2, list(found.values()), resumed, timeout_seconds=400)
+    return found | {"resumed": resumed, "heads": heads}
 
 
-@pytest.mark.parametrize("stage", [0, 3])
-def test_measuring_does_not_move_the_training(runs, stage):
-    bare, measured = (metrics(runs[stage, online].run) for online in (False, True))
-    assert list(bare) == [1, 2, 3, 4] and bare == measured
-    assert not metrics(runs[stage, False].run, "eval/knn")
+def test_measuring_does_not_move_the_training(runs):
+    bare, measured = (runs[0, online].run for online in (False, True))
+    assert list(metrics(bare)) == [1, 2, 3, 4] and metrics(bare) == metrics(measured)
+    files = [load_file(Path(run) / "checkpoints" / "step-00000004" / "model.safetensors") for run in (bare, measured)]
+    assert files[0].keys() == files[1].keys() and all(torch.equal(tensor, files[1][name]) for name, tensor in files[0].items())
+    assert not metrics(bare, "eval/knn") and not metrics(bare, "online/loss") and not metrics(bare, "val/loss/total")
+
+
+def test_measuring_does_not_upset_zero_3_which_expects_the_layers_in_the_order_of_training(runs):
+    assert metrics(runs[3, True].run) == pytest.approx(metrics(runs[0, False].run), rel=1e-5)
 
 
 def test_the_last_measurement_is_that_of_the_end(runs):
@@ -65,7 +121,42 @@ def test_the_last_measurement_is_that_of_the_end(runs):
             assert measured[4] == pytest.approx(value, rel=1e-3)
         assert metrics(run, f"eval/{output}/modality_gap")[2] != metrics(run, f"eval/{output}/modality_gap")[4]
     rows = {row["encoder"]: row["knn"] for row in json.loads((run / "evaluation.json").read_text())}
-    assert metrics(run, "eval/knn")[4] == pytest.approx(rows["pretrained encoder"], abs=2e-3)
+    assert metrics(run, "eval/knn")[4] == pytest.approx(rows["pretrained encoder"], abs=1e-6)
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_loss_and_head_on_what_is_held_out_are_those_of_the_last_checkpoint_on_one_rank(runs, stage):
+    config = runs[stage, True]
+    model = load_run(Path(config.run))[0]
+    policy, texts, boxes = views_of(config, needs_of(config), open_tokenizer(config))
+    views = HeldOutViews(open_index(config, config.evaluation.test), policy, config.batch, config.seed, texts=texts, boxes=boxes)
+    expected = held_out_loss(model, views, torch.device("cpu"))
+    assert expected["val/samples"] == 32 and {"val/loss/total", "val/loss/invariance"} < expected.keys()
+    for name, value in expected.items():
+        assert metrics(config.run, name)[4] == pytest.approx(value, rel=1e-4)
+    head = OnlineHead(model.encoder.num_features, 10)
+    assert head.restore(Path(config.run) / "checkpoints" / "step-00000004")
+    linear = head.accuracy(*extract_features(frozen(model.encoder), open_evaluation(config)[1]))
+    assert metrics(config.run, "eval/linear")[4] == pytest.approx(linear, abs=1e-6)
+
+
+def test_a_resumed_head_ends_where_it_would_have(runs):
+    whole, resumed = (Path(config.run) for config in (runs[0, True], runs["resumed"]))
+    last = "checkpoints/step-00000004"
+    for name in (FILE, "model.safetensors"):
+        assert (whole / last / name).read_bytes() == (resumed / last / name).read_bytes()
+    for name in ("online/loss", "online/top1", "val/loss/total", "eval/linear"):
+        assert metrics(whole, name) == metrics(resumed, name) and 4 in metrics(whole, name)
+
+
+def test_a_head_learns_from_the_global_batch_however_its_rows_lie(runs):
+    (logged, files), (other_logged, other_files) = runs["heads"]
+    assert logged == other_logged and files == other_files
+    head = OnlineHead(FEATURES, CLASSES)
+    for step, (_, end) in enumerate(CUTS):
+        data, logs = batch(step)
+        found = head(SimpleNamespace(labels=data.labels[:end], rows=data.rows[:end]), {"features": logs["features"][:end]})
+        assert logged[step] == pytest.approx({name: value.item() for name, value in found.items()}, rel=1e-5)
 
 
 def test_a_period_without_a_held_out_set_is_refused(digits):
