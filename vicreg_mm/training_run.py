@@ -72,8 +72,8 @@ def train_task(
     """Train as the configuration says; returns the run directory and the trained module. All ranks must call it.
 
     build: the module, with weights from torch's random state, which the seed has set; it freezes and synchronises what it wants to.
-    probes: module -> metrics for metrics.jsonl, every `probe_every` epochs and never at the end; all ranks call them. max_bad_share:
-    of the records tried; more that could not be used stop the run. option: what names the data; title: what is trained, for people.
+    probes: module -> metrics for metrics.jsonl, every `probe_every` epochs; all ranks call them. max_bad_share: of the records tried; more
+    that could not be used stop the run. option: what names the data; title: what is trained, for people.
     Under ZeRO 3 the module's parameters are partitioned: all ranks must call it together.
     Raises ValueError for what a user can mend, before a run directory is made.
     """
