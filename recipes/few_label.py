@@ -20,7 +20,7 @@ Expected: top-1 / top-5 in %, with 1 % and 10 % of ImageNet, ResNet-50 (not run 
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Literal, Self
 
 from digits import CONFIG as PRETRAINING
 
@@ -33,10 +33,12 @@ from vicreg_mm.training_config import CheckpointConfig, ConfigError, EngineConfi
 class FewLabel(ClassificationConfig):
     """A classifier that sees few labels."""
 
-    in_miniature: ClassVar[dict[str, Any]] = {**ClassificationConfig.in_miniature, "per_class": 10, "fraction": 0.0, "images": ""}
-
     protocol: Literal["auto", "1percent", "10percent"] = "auto"
     """Whose published settings; auto: those of the nearer share, with 40 images of a class between the two."""
+
+    def miniature(self) -> Self:
+        """The smoke profile: 10 labels of each digit in place of the published share."""
+        return dataclasses.replace(super().miniature(), **({"per_class": 10, "fraction": 0.0} if self.fraction else {}))
 
 
 CONFIG = FewLabel(

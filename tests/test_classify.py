@@ -288,3 +288,14 @@ def test_a_recipe_without_arguments_is_its_smoke_profile(name):
     config = parse_program(sys.modules[f"recipe_{name}"].published(recipe(name)), [])
     assert config.smoke and config.train == "builtin:digits" and config.test == "builtin:digits:test" and config.steps == 40
     assert (config.mode, config.optim.name) == (recipe(name).mode, recipe(name).optim.name)
+
+
+def test_the_smoke_profile_takes_its_length_and_the_labels_that_are_asked_for():
+    def small(*words):
+        recipe_of = sys.modules["recipe_few_label"]
+        c = parse_program(recipe_of.published(with_options(recipe_of.CONFIG, words)), ["--smoke", *words])
+        return c.steps, c.optim.warmup_steps, c.fraction, c.per_class, c.images
+
+    assert small() == (40, 0, 0.0, 10, "") and small("--smoke_steps", "4", "--per_class", "7") == (4, 0, 0.0, 7, "")
+    assert small("--fraction", "0.1") == (40, 0, 0.1, 0, "") and small("--fraction", "0.01")[2:4] == (0.01, 0)
+    assert small("--images", "x.txt", "--protocol", "1percent")[2:] == (0.0, 0, "x.txt")

@@ -90,7 +90,8 @@ def parse_program(recipe: Program, arguments: list[str]) -> Program:
     config, _ = _override(recipe, arguments)
     needed = ("encoder", *recipe.sets)
     if config.smoke or not any(getattr(config, name) for name in needed):
-        config, _ = _override(recipe.miniature(), arguments)  # type: ignore[arg-type] # mypy loses the Self of a union
+        small = dataclasses.replace(recipe, smoke_steps=config.smoke_steps).miniature()
+        config, _ = _override(small, arguments)  # type: ignore[arg-type] # mypy loses the Self of a union
         needed = recipe.sets
     for name in needed:
         if not getattr(config, name):
