@@ -66,3 +66,25 @@ def test_nothing_to_show_and_a_path_that_is_not_there_are_one_line(tmp_path):
         report.report([tmp_path / "nowhere"])
     with pytest.raises(ValueError, match=r"invalid choice: 'html'.*usage: vicreg-mm report"):
         report.main(["--to", "html"])
+
+
+@pytest.mark.parametrize(
+    "spoiled",
+    [b"\xff\xfe", b"[" * 200_000, b"[1]", {"data": "x"}, {"data": [1]}, {"encoder": "x"}, {"result": {}}, {"headline": {"nope": "x"}}],
+    ids=str,
+)
+@pytest.mark.parametrize("form", ["text", "csv"])
+def test_a_damaged_row_is_named_and_the_others_are_shown(spoiled, form, tmp_path):
+    whole = write_row(tmp_path / "evaluations", row("runs/a-001"))
+    spoiled = json.dumps({**json.loads(whole.read_text()), **spoiled}).encode() if isinstance(spoiled, dict) else spoiled
+    (whole.parent / "knn-002.json").write_bytes(spoiled)
+    made, left_out = report.report([tmp_path], form)
+    assert "runs/a-001" in made and len(left_out) == 1
+    assert left_out[0].startswith(f"{whole.parent / 'knn-002.json'} is ") and "\n" not in left_out[0]
+
+
+def test_names_in_a_row_that_are_no_words_do_not_stop_the_table(tmp_path):
+    whole = write_row(tmp_path / "evaluations", row("runs/a-001"))
+    whole.write_text(json.dumps({**json.loads(whole.read_text()), "evaluation": 5, "headline": {"top_1": 7}}))
+    for form in ("text", "csv"):
+        assert "runs/a-001" in report.report([tmp_path], form)[0]

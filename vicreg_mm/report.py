@@ -60,7 +60,7 @@ def report(paths: list[Path], form: str = "text") -> tuple[str, list[str]]:
     for file in dict.fromkeys(file for path in paths for file in _files(path)):
         try:
             rows += _READERS.get(file.name, _rows_of_evaluation)(file, json.loads(file.read_text()))
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, OSError) as error:
             left_out.append(f"{file} is cut off or damaged: {error}")
         except ValueError as error:
             left_out.append(str(error))
@@ -90,7 +90,7 @@ def _is_row(file: Path) -> bool:
     """Whether a file that lies in any folder is one; that which cannot be read is told later."""
     try:
         content = json.loads(file.read_text())
-    except ValueError:
+    except (ValueError, RecursionError, OSError):
         return True
     return isinstance(content, dict) and set(KEYS[:-1]) <= set(content)
 

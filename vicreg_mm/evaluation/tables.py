@@ -61,12 +61,13 @@ def row_of(content: Mapping[str, Any], file: str = "") -> Row:
         sets, trains = set(content["data"]), any(name.startswith("optim.") for name in options)
         ignored = NO_MATTER if trains else (*NO_MATTER, "batch")  # where nothing is trained it says how many images are encoded at once
         kept = {name: value for name, value in options.items() if name not in sets and not _covered(name, ignored)}
-        numbers = {heading: _number(content["result"], name) for name, heading in content["headline"].items()}
+        numbers = {str(heading): _number(content["result"], name) for name, heading in content["headline"].items()}
         encoder = str(content["encoder"].get("source") or content["options"].get("encoder") or "?")
-        return Row(content["evaluation"], encoder, content["data"], kept, numbers, file)
+        data = dict(content["data"].items())
+        return Row(str(content["evaluation"]), encoder, data, kept, numbers, file)
     except KeyError as error:
         raise ValueError(f"{file} has no {error.args[0]}: no row of this version; remove it and evaluate again") from error
-    except (TypeError, AttributeError) as error:
+    except (TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{file} is no row of an evaluation: {error}") from error
 
 
