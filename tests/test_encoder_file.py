@@ -214,6 +214,8 @@ def test_a_source_that_is_none_is_said_in_one_line(tmp_path):
     configs.save(config, tmp_path / "young" / "config.json")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text('{"hidden_size": 768}')
+    (tmp_path / "probe").mkdir()
+    (tmp_path / "probe" / "config.json").write_text('{"name": "linear_probe", "encoder": "runs/a"}')
     (tmp_path / "timm").mkdir()
     (tmp_path / "timm" / "model.safetensors").touch()
     (tmp_path / "timm" / "config.json").write_text('{"architecture": "test_vit", "model_args": {"reg_tokens": 4}}')
@@ -227,7 +229,10 @@ def test_a_source_that_is_none_is_said_in_one_line(tmp_path):
         ),
         (f"timm/test_resnet@{tmp_path}/folder", {}, r"a folder without config\.json or open_clip_model\.safetensors"),
         (f"{tmp_path}/young", {}, r"young has neither encoder\.safetensors nor a checkpoint yet"),
-        (f"{tmp_path}/other", {}, r"is no run directory: unknown configuration key hidden_size"),
+        (f"{tmp_path}/other", {}, r"is no run directory: .*other/config\.json is no configuration of a pretraining$"),
+        (f"{tmp_path}/probe", {}, r"no configuration of a pretraining: it is of 'linear_probe' on encoder runs/a$"),
+        ("@random", {}, r"encoder '@random' lacks a part of NAME@WEIGHTS, as torchvision/resnet50@random"),
+        ("timm/test_vit@", {}, r"encoder 'timm/test_vit@' lacks a part of NAME@WEIGHTS"),
         (str(path), {"stem": "cifar"}, r"stem cannot be given: .* tells how its encoder is built"),
         (f"timm/test_vit@{path}", {}, r"is of encoder 'timm/test_resnet', not 'timm/test_vit'"),
         ("library:tag", {}, "tells no architecture; give NAME@library:tag"),

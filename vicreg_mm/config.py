@@ -21,7 +21,7 @@ from vicreg_mm.training_config import (
     check_training,
     differences,
     part_from_dict,
-    read,
+    read_json,
     save,
     to_dict,
     to_flat,
@@ -273,5 +273,15 @@ def from_dict(data: dict[str, Any]) -> RunConfig:
 
 
 def load(path: Path) -> RunConfig:
-    """Read the configuration of a pretraining that `save` wrote."""
-    return read(RunConfig, path)
+    """Read the configuration of a pretraining that `save` wrote. Raises ConfigError for that of another training."""
+    data = read_json(path)
+    if "objective" not in data:
+        kind = f": it is of '{data['name']}' on encoder {data['encoder']}" if {"name", "encoder"} <= data.keys() else ""
+        raise ConfigError(f"{path} is no configuration of a pretraining{kind}")
+    return from_dict(data)
+
+
+def pretraining_in(folder: Path) -> RunConfig | None:
+    """The configuration of the pretraining whose run directory a folder is; None for any other folder, as that of a fine-tuning."""
+    path = folder / "config.json"
+    return load(path) if path.is_file() and "objective" in read_json(path) else None

@@ -158,6 +158,8 @@ def split_source(source: str) -> tuple[str, str]:
     name, at, weights = source.partition("@")
     if at and weights and name:
         return name, weights
+    if at:
+        raise ValueError(f"encoder '{source}' lacks a part of NAME@WEIGHTS, as torchvision/resnet50@{RANDOM}")
     if is_own(source) and not source.startswith(f"{LIBRARY}:"):
         return source, ""
     if source in (RANDOM, LIBRARY) or source.startswith(f"{LIBRARY}:"):

@@ -22,7 +22,7 @@ def model_card(run: Path | None, library: str, encoder: str, usage: str) -> str:
 
     Raises ValueError for a file of the run that is damaged; what a run has not is left out.
     """
-    config = None if run is None else _pretraining(run)
+    config = None if run is None else configs.pretraining_in(run)
     title = encoder if run is None else config.name if config else _name(run)
     sections = [
         _front_matter(library),
@@ -53,12 +53,6 @@ def _first_sentence(config: configs.RunConfig | None, library: str, encoder: str
         return f"Image encoder `{encoder}`, exported by vicreg_mm."
     texts = f" and a text {config.text.encoder}" if library == "open_clip" else ""
     return f"Image encoder `{encoder}`{texts}, pretrained with the objective `{config.objective.name}` by vicreg_mm."
-
-
-def _pretraining(run: Path) -> configs.RunConfig | None:
-    """The configuration of a pretraining; None: the run is of another kind."""
-    told = _read(run / "config.json")
-    return configs.load(run / "config.json") if "objective" in told else None
 
 
 def _name(run: Path) -> str:

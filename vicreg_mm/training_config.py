@@ -269,10 +269,18 @@ def save(config: TrainingConfig, path: Path) -> None:
 
 def read(kind: type[Config], path: Path) -> Config:
     """Read a configuration that `save` wrote."""
+    return build(kind, read_json(path))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; raises ConfigError where there is none."""
     try:
-        return build(kind, json.loads(path.read_text()))
-    except (OSError, json.JSONDecodeError) as error:
+        data = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
         raise ConfigError(f"cannot read {path}: {error}") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"cannot read {path}: it holds {type(data).__name__}, no JSON object")
+    return data
 
 
 def differences(before: Config, now: Config) -> list[str]:

@@ -38,11 +38,12 @@ class Head(NamedTuple):
 def open_head(config: GaugesProgram, encoder: ImageEncoder, device: torch.device) -> tuple[Head | None, str]:
     """The expander of the run that the encoder is of; None with the reason where there is none, or it stands behind other features."""
     run = Path(config.encoder)
-    if not (run / "config.json").is_file():
-        return None, "no embeddings: the encoder is no run directory"
+    settings = configs.pretraining_in(run)
+    if settings is None:
+        return None, "no embeddings: the encoder is no run directory of a pretraining"
     if config.features != "own":
         return None, f"no embeddings: the expander stands behind the encoder's own features, not {config.features}"
-    settings, found = configs.load(run / "config.json"), checkpoint.existing(run)
+    found = checkpoint.existing(run)
     if not found:
         return None, f"no embeddings: {run} has no checkpoint"
     with torch.random.fork_rng(devices=[]):
@@ -63,11 +64,11 @@ def open_head(config: GaugesProgram, encoder: ImageEncoder, device: torch.device
 
 def view_policy(config: GaugesProgram, size: int) -> ViewPolicy:
     """`lidar_views` views of a kind, each of its own randomness: as the run's first global view, or as the preset's that is asked for."""
-    run = Path(config.encoder)
-    if config.views or not (run / "config.json").is_file():
+    run = configs.pretraining_in(Path(config.encoder))
+    if config.views or run is None:
         spec = build_policy(config.views or PRESET, size).views[0]
     else:
-        spec = dataclasses.replace(policy_of(configs.load(run / "config.json")).views[0], size=size)
+        spec = dataclasses.replace(policy_of(run).views[0], size=size)
     return ViewPolicy(tuple(dataclasses.replace(spec, name=f"view_{n}") for n in range(config.lidar_views)))
 
 
