@@ -1,5 +1,6 @@
 """The programs on frozen features: what they measure, say and refuse, and the same on two ranks as on one."""
 
+import dataclasses
 import json
 
 import cv2
@@ -14,6 +15,8 @@ from tests.tiny import tiny_config
 from vicreg_mm.command_line import parse_program
 from vicreg_mm.config import ConfigError
 from vicreg_mm.evaluate_features import measure_cached_linear, measure_gauges, measure_knn, measure_voc07_svm
+from vicreg_mm.evaluation import sources
+from vicreg_mm.evaluation.gauging import open_head, view_policy
 from vicreg_mm.evaluation.results import headline_number
 from vicreg_mm.evaluation.sources import Seen, digest, open_image_encoder
 from vicreg_mm.evaluation_config import CachedProbeProgram, EncoderProgram, GaugesProgram, KnnProgram, Voc07SvmProgram
@@ -111,6 +114,35 @@ def train(config):
     from vicreg_mm.pretrain import pretrain
 
     pretrain(config, distributed.start())
+
+
+def test_of_a_run_that_is_no_pretraining_the_features_are_gauged_alone(sets, tmp_path):
+    config = GaugesProgram(**RANDOM, shards=sets["train"], samples=8, lidar_images=4, lidar_views=2)
+    encoder = open_image_encoder(config, CPU)
+    (tmp_path / "config.json").write_text('{"name": "few_label", "encoder": "timm/test_resnet@random"}')
+    head, reason = open_head(dataclasses.replace(config, encoder=str(tmp_path)), encoder, CPU)
+    assert head is None and reason == "no embeddings: the encoder is no run directory of a pretraining"
+    assert view_policy(dataclasses.replace(config, encoder=str(tmp_path)), 16) == view_policy(config, 16)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (KnnProgram(**RANDOM, k=(5, 38)), "k = 38 neighbours of 37 train samples"),
+        (KnnProgram(**RANDOM, k=(5,), temperature=0.0), "temperature 0.0"),
+        (CachedProbeProgram(**RANDOM, decays=(0.1, 0.0)), "decays 0.1, 0; different numbers above 0 are needed"),
+    ],
+)
+def test_settings_of_a_measurement_are_checked_before_its_features_are_taken(config, message, sets, monkeypatch):
+    monkeypatch.setattr(sources, "features_of_sets", lambda *_: pytest.fail("features were taken"))
+    with pytest.raises(ValueError, match=message):
+        measured(dataclasses.replace(config, train=sets["train"], test=sets["test"]))
+
+
+def test_values_of_c_that_cannot_be_are_refused():
+    for costs, told in (((1.0, -1.0), "costs are 1, -1;"), ((), "costs are none;")):
+        with pytest.raises(ConfigError, match=told):
+            Voc07SvmProgram(**RANDOM, data="voc", costs=costs).check()
 
 
 def test_images_of_another_size_than_the_encoders_are_told(sets, capsys):

@@ -6,7 +6,7 @@ from sklearn.metrics import average_precision_score
 from sklearn.svm import LinearSVC
 
 from vicreg_mm.evaluation import svm
-from vicreg_mm.evaluation.svm import area_ap, eleven_point_ap, fit_class, precisions
+from vicreg_mm.evaluation.svm import area_ap, check_classes, eleven_point_ap, fit_class, precisions
 
 
 def test_average_precision_by_hand():
@@ -79,8 +79,9 @@ def test_map_is_the_mean_over_classes_within_its_interval_and_leaves_out_difficu
     assert precisions(labels, scores, ["cat", "dog", "cow"]) == found
 
 
-def test_too_few_images_of_a_class_are_named():
-    with pytest.raises(ValueError, match="2 train images with the class and 7 without; at least 3 of each"):
-        fit_class(np.ones((10, 2)), np.array([1, 1, 0] + 7 * [-1]), np.ones((1, 2)))
+def test_a_class_of_too_few_images_is_named():
+    train, test = np.array([[1, 1]] * 3 + [[-1, 1], [-1, 0]] + [[-1, -1]] * 2), np.array([[1, -1], [-1, 0]])
+    with pytest.raises(ValueError, match="class dog has 4 train images that show it and 2 that do not; at least 3 of each are needed"):
+        check_classes(train, test, ["cat", "dog"])
     with pytest.raises(ValueError, match="no test image has class dog"):
-        precisions(np.array([[1, -1], [-1, 0]]), np.zeros((2, 2)), ["cat", "dog"])
+        check_classes(np.tile([[1], [-1]], (3, 2)), test, ["cat", "dog"])

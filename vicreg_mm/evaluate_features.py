@@ -32,9 +32,10 @@ def gauges(recipe: GaugesProgram, pretraining: RunConfig, arguments: list[str] |
 
 def measure_knn(config: KnnProgram, device: torch.device) -> Measured:
     """Top-1 and top-5 for every k of one search."""
-    from vicreg_mm.evaluation.knn import knn
-    from vicreg_mm.evaluation.sources import features_of_sets, open_image_encoder
+    from vicreg_mm.evaluation.knn import check_votes, knn
+    from vicreg_mm.evaluation.sources import features_of_sets, open_image_encoder, open_index
 
+    check_votes(config.k, config.temperature, open_index(config, config.train).num_samples)  # not after an hour of features
     encoder = open_image_encoder(config, device)
     found = features_of_sets(config, encoder, config.train, config.test, device)
     result = knn(*found.sets, config.k, config.temperature, device)
@@ -52,12 +53,13 @@ def measure_knn(config: KnnProgram, device: torch.device) -> Measured:
 
 def measure_cached_linear(config: CachedProbeProgram, device: torch.device) -> Measured:
     """Top-1, top-5 and mean per class of the best linear classifier of a grid."""
-    from vicreg_mm.evaluation.linear_grid import DECAYS, TOLERANCE, linear_grid
+    from vicreg_mm.evaluation.linear_grid import DECAYS, TOLERANCE, check_decays, linear_grid
     from vicreg_mm.evaluation.sources import features_of_sets, open_image_encoder
 
+    decays = check_decays(config.decays or DECAYS)
     encoder = open_image_encoder(config, device)
     found = features_of_sets(config, encoder, config.train, config.test, device)
-    result = linear_grid(*found.sets, config.decays or DECAYS, config.seed, device)
+    result = linear_grid(*found.sets, decays, config.seed, device)
     chosen = f"of {len(result['held_out'])} on {result['num_held_out']:,} held-out train images" if result["held_out"] else "as given"
     notes = [
         _repeated(found.num_repeated),
@@ -79,6 +81,7 @@ def measure_voc07_svm(config: Voc07SvmProgram, device: torch.device) -> Measured
 
     encoder = open_image_encoder(config, device)
     (x, y), (x_test, y_test), classes, data = _multi_label_features(config, encoder, device)
+    svm.check_classes(y, y_test, classes)
     scores, costs = np.zeros((len(x_test), len(classes))), np.zeros(len(classes))
     for number in range(distributed.rank(), len(classes), distributed.world_size()):
         scores[:, number], costs[number] = svm.fit_class(x, y[:, number], x_test, config.costs, config.seed)

@@ -129,6 +129,12 @@ class Voc07SvmProgram(EncoderProgram):
     costs: tuple[float, ...] = (0.01, 0.1, 1.0, 10.0, 100.0, 1000.0)
     """Values of C to choose from for every class, by 3-fold cross-validation."""
 
+    def check(self) -> None:
+        """Raise ConfigError for values of C that cannot be, too."""
+        super().check()
+        if not self.costs or not all(0 < cost < float("inf") for cost in self.costs):
+            raise ConfigError(f"costs are {', '.join(f'{cost:g}' for cost in self.costs) or 'none'}; numbers above 0 are needed")
+
 
 @dataclass(frozen=True)
 class GaugesProgram(EncoderProgram):

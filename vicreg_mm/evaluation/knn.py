@@ -77,15 +77,20 @@ def knn_accuracy(
     return (predicted == test_labels).double().mean().item()
 
 
-def _votes(features: Tensor, labels: Tensor, queries: Tensor, ks: Sequence[int], temperature: float) -> Iterator[tuple[slice, int, Tensor]]:
-    """(rows of the queries, place of a k in `ks`, the classes' votes [n, C], whole numbers in int64), for every chunk and every k."""
+def check_votes(ks: Sequence[int], temperature: float, num_train: int) -> None:
+    """Raise ValueError for a k that is not in 1 .. num_train or stands twice, for none, and for a temperature that is not above 0."""
     for k in ks:
-        if not 1 <= k <= len(features):
-            raise ValueError(f"k = {k} neighbours of {len(features)} train samples; give a k from 1 to {len(features)}")
+        if not 1 <= k <= num_train:
+            raise ValueError(f"k = {k} neighbours of {num_train} train samples; give a k from 1 to {num_train}")
     if len(set(ks)) < max(1, len(ks)):
         raise ValueError(f"k = {', '.join(map(str, ks)) or 'none'}; different numbers of neighbours are needed")
     if not temperature > 0:
         raise ValueError(f"temperature {temperature}; a number above 0 is needed")
+
+
+def _votes(features: Tensor, labels: Tensor, queries: Tensor, ks: Sequence[int], temperature: float) -> Iterator[tuple[slice, int, Tensor]]:
+    """(rows of the queries, place of a k in `ks`, the classes' votes [n, C], whole numbers in int64), for every chunk and every k."""
+    check_votes(ks, temperature, len(features))
     bank, num_classes = fixed_point(features, True, False), int(labels.max()) + 1
     for start in range(0, len(queries), QUERIES):
         rows = slice(start, min(start + QUERIES, len(queries)))

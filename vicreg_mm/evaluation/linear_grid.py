@@ -56,7 +56,7 @@ def linear_grid(
     classes, decays that are not above 0, and classes so small that nothing can be held out.
     """
     check_pair(train_features, train_labels, test_features, test_labels)
-    decays = _checked(decays)
+    decays = check_decays(decays)
     classes, y = train_labels.unique(return_inverse=True)
     if len(classes) < 2:
         raise ValueError(f"a linear probe needs at least 2 classes; all train labels are {int(classes[0])}")
@@ -88,8 +88,8 @@ def linear_grid(
     }  # fmt: skip
 
 
-def _checked(decays: Sequence[float]) -> list[float]:
-    """From strong to weak: each starts where a smoother problem ended."""
+def check_decays(decays: Sequence[float]) -> list[float]:
+    """From strong to weak: each starts where a smoother problem ended. Raises ValueError unless they differ and are above 0."""
     if not decays or len(set(decays)) < len(decays) or not all(0 < decay < float("inf") for decay in decays):
         raise ValueError(f"decays {', '.join(f'{decay:g}' for decay in decays) or 'none'}; different numbers above 0 are needed")
     return sorted(decays, reverse=True)

@@ -57,6 +57,21 @@ def _eleven_points(precision: np.ndarray, recall: np.ndarray) -> float:
     return float(best[np.searchsorted(recall, np.linspace(0, 1, 11) - 1e-12)].mean())  # 0.1 * 3 is not 0.3
 
 
+def check_classes(train_labels: np.ndarray, test_labels: np.ndarray, names: Sequence[str]) -> None:
+    """Raise ValueError, naming it, for a class with fewer than 3 train images of either kind, or without a test image that shows it.
+
+    train_labels: [N, C], test_labels: [M, C], VOC's. All ranks find the same, whichever classes they fit.
+    """
+    for name, train, test in zip(names, train_labels.T, test_labels.T, strict=True):
+        counts = int((train == 1).sum()), int((train == -1).sum())
+        if min(counts) < FOLDS:
+            raise ValueError(
+                f"class {name} has {counts[0]} train images that show it and {counts[1]} that do not; at least {FOLDS} of each are needed"
+            )
+        if not (test == 1).any():
+            raise ValueError(f"no test image has class {name}: its average precision is not defined")
+
+
 def fit_class(
     train: np.ndarray, train_labels: np.ndarray, test: np.ndarray, costs: Sequence[float] = COSTS, seed: int = 0
 ) -> tuple[np.ndarray, float]:
@@ -64,14 +79,11 @@ def fit_class(
 
     LIBLINEAR's L2-regularised squared hinge in the dual, positives weighted twice, up to 2000 iterations; the C with the best mean area
     AP of a stratified 3-fold cross-validation (of equals the smallest) is fitted to all train images. train: [N, F], test: [M, F],
-    rows of length 1; train_labels: [N], VOC's. Raises ValueError for fewer than 3 images of either kind.
+    rows of length 1; train_labels: [N], VOC's, with 3 images of either kind or more (`check_classes`).
     Source: facebookresearch/vissl, svm_trainer, and for the grid of C arXiv:2105.04906, appendix C. Deviation: the folds are shuffled.
     """
     known = train_labels != 0
     x, y = train[known], train_labels[known]
-    counts = int((y == 1).sum()), int((y == -1).sum())
-    if min(counts) < FOLDS:
-        raise ValueError(f"{counts[0]} train images with the class and {counts[1]} without; at least {FOLDS} of each are needed")
     best = costs[0]
     if len(costs) > 1:
         folds = list(StratifiedKFold(FOLDS, shuffle=True, random_state=seed).split(x, y))
@@ -97,11 +109,8 @@ def precisions(labels: np.ndarray, scores: np.ndarray, names: Sequence[str], see
     """mAP of scores [M, C] against VOC labels [M, C], as a JSON-able dict of numbers in [0, 1].
 
     `map_11_point` and `map_area`, each with `_low` and `_high`, a 95 % interval: the 2.5 and 97.5 % points over draws of the test images
-    with replacement; `11_point` and `area`, by class. Raises ValueError for a class without a positive test image.
+    with replacement; `11_point` and `area`, by class, each of which a test image must show (`check_classes`).
     """
-    empty = [name for name, column in zip(names, labels.T, strict=True) if not (column == 1).any()]
-    if empty:
-        raise ValueError(f"no test image has class {', '.join(empty[:5])}: its average precision is not defined")
     drawn = np.random.default_rng(seed).multinomial(len(labels), np.full(len(labels), 1 / len(labels)), size=DRAWS).astype(float)
     result: dict[str, Any] = {}
     for key, ap in (("11_point", _eleven_points), ("area", _area)):
