@@ -184,7 +184,7 @@ def test_the_command_writes_the_picture_and_nothing_else(tmp_path, command, digi
     (["--out", "v.png", "--encoder.name", "timm/test_vit", "--input.local_size", "20"], "view local_0 has 20 pixels, no multiple"),
     (["--out", "."], "--out . is a folder; name a file in it"),
     (["--out", "v.png", "--num_locals", "4"], "unknown option --num_locals; closest: --num_local"),
-    (["--out", "v.png", "--input.shards", "nowhere"], "nowhere has no index.json; write it with `vicreg-mm shards index nowhere`"),
+    (["--out", "v.png", "--input.shards", "nowhere"], "nowhere has no index.json; there is no such folder"),
     ([], "the following arguments are required: --out"),
 ])  # fmt: skip
 def test_a_wrong_option_ends_in_one_line_and_leaves_nothing(tmp_path, monkeypatch, command, capsys, words, message):

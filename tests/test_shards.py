@@ -245,6 +245,7 @@ def edit(tmp_path, change):
     ("spoil", "message"),
     [
         (lambda d: (d / "index.json").unlink(), "has no index.json; write it with `vicreg-mm shards index "),
+        (lambda d: [path.unlink() for path in d.iterdir()], "has no index.json; it holds no shards; data/README.md says how"),
         (lambda d: (d / "s-01.tar").unlink(), "shard 's-01.tar' is missing; " + REBUILD),
         (lambda d: os.truncate(d / "s-01.tar", 1024), r"shard 's-01.tar' has 1024 bytes, not the \d+ of the index; " + REBUILD),
         (lambda d: write_tar(d / "t.tar", [("a.jpg", b"")]), "shard 't.tar' is not in it; " + REBUILD),

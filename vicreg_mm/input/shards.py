@@ -155,7 +155,9 @@ class ShardIndex:
             try:
                 data = (Path(root) / "index.json").read_bytes()
             except (FileNotFoundError, NotADirectoryError):
-                raise ShardError(f"{root} has no index.json; write it with `vicreg-mm shards index {root}`") from None
+                hint = "it holds no shards; data/README.md says how to make them" if os.path.isdir(root) else "there is no such folder"
+                hint = f"write it with `vicreg-mm shards index {root}`" if any(Path(root).glob("*.tar")) else hint
+                raise ShardError(f"{root} has no index.json; {hint}") from None
             index = cls(root, _content(data, root), str(Path(root) / "index.npy"))
             _check_files(index)
         if index.table.shape != (index.num_samples, len(index.fields), 2):
