@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.distributed.ranks import run_ranks
 from tests.tiny import metrics, tiny_config
-from vicreg_mm import checkpoint, pretrain
+from vicreg_mm import checkpoint, encoder_file, pretrain
 from vicreg_mm import config as configs
 from vicreg_mm.assemble import build_model
 from vicreg_mm.input.shards import write_index
@@ -266,6 +266,14 @@ def test_mistakes_in_the_evaluation_are_found_before_the_training(digits, tmp_pa
     assert open_evaluation(tiny_config(digits["train"], tmp_path / "run")) is None
 
 
+def exported(run, config, tensors):
+    """Write a run's encoder.safetensors."""
+    folder = run / "checkpoints" / "step-00000001"
+    folder.mkdir(parents=True)
+    save_file({f"encoder.net.{name}": value for name, value in tensors.items()}, folder / "model.safetensors")
+    encoder_file.export_encoder(run, folder, config)
+
+
 def test_the_table_compares_the_start_with_the_end(digits, tmp_path):
     """An encoder whose weights were all set to zero is at chance; the row of the random one must not be."""
     evaluation = dataclasses.replace(tiny_config("", "").evaluation, train=digits["train"], test=digits["test"], limit=300)
@@ -273,7 +281,7 @@ def test_the_table_compares_the_start_with_the_end(digits, tmp_path):
     configs.save(config, tmp_path / "config.json")
     torch.manual_seed(config.seed)
     start = {name: value.clone() for name, value in build_model(config).encoder.net.state_dict().items()}
-    save_file({name: torch.zeros_like(value) for name, value in start.items()}, tmp_path / "encoder.safetensors")
+    exported(tmp_path, config, {name: torch.zeros_like(value) for name, value in start.items()})
     evaluate(config, tmp_path, open_evaluation(config), torch.device("cpu"))
     rows = {row["encoder"]: row for row in json.loads((tmp_path / "evaluation.json").read_text())}
     assert list(rows) == ["raw pixels", "random encoder", "pretrained encoder"]
@@ -320,7 +328,7 @@ def test_the_table_has_a_row_for_the_encoder_that_was_given(digits, tmp_path, ca
     torch.save({name: torch.zeros_like(value) for name, value in tensors.items()}, source)
     (tmp_path / "run").mkdir()
     configs.save(config, tmp_path / "run" / "config.json")
-    save_file(tensors, tmp_path / "run" / "encoder.safetensors")
+    exported(tmp_path / "run", config, tensors)
 
     def rows(config):
         evaluate(config, tmp_path / "run", open_evaluation(config), torch.device("cpu"))
