@@ -24,10 +24,10 @@ SMALL = InputConfig(views="digits", image_size=32, local_size=16, workers=0)
 
 def config_of(shards, **settings):
     objective = ObjectiveConfig(name="multicrop")
-    return RunConfig("small", dataclasses.replace(SMALL, shards=str(shards)), objective=objective, num_local=2, batch=6, **settings)
+    return RunConfig("small", input=dataclasses.replace(SMALL, shards=str(shards)), objective=objective, num_local=2, batch=6, **settings)
 
 
-SETTINGS = "InputConfig(image_size=32, local_size=16), objective=ObjectiveConfig('multicrop'), num_local=2, batch=6"
+SETTINGS = "input=InputConfig(image_size=32, local_size=16), objective=ObjectiveConfig('multicrop'), num_local=2, batch=6"
 
 
 def recipe(folder, text=f"CONFIG = RunConfig('small', {SETTINGS})"):
