@@ -58,10 +58,7 @@ CONFIG = FewLabel(
     epochs=20,
 )
 RATES = {"1percent": (0.03, 0.08), "10percent": (0.01, 0.1)}  # encoder, classifier
-SUPERVISED = {  # rate, weight decay, epochs
-    "1percent": (0.01, 1e-2, 1000),
-    "10percent": (0.1, 1e-3, 200),
-}
+SUPERVISED = {"1percent": (0.01, 1e-2, 1000), "10percent": (0.1, 1e-3, 200)}  # rate, weight decay, epochs
 
 
 def published(config: FewLabel) -> FewLabel:
