@@ -148,7 +148,7 @@ def test_positions_of_another_grid_are_refused_with_both_sizes_and_resampled_on_
     with pytest.raises(
         ValueError,
         match=r"small\.pth: pos_embed is of 2 x 2 patches \(32 pixels\), encoder 'timm/test_vit' has 4 x 4 \(64 pixels\); resample it "
-        r"\(--encoder\.weights_resample\), or take images of 32 pixels",
+        r"\(--encoder\.weights_resample in a pretraining, --resample elsewhere\), or take images of 32 pixels",
     ):
         open_encoder(source, image_size=64)
     found = open_encoder(source, image_size=64, resample=True)

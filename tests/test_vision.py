@@ -170,11 +170,11 @@ def test_activation_checkpointing_keeps_fewer_activations_and_can_be_switched_of
     ({"name": "timm/hf-hub:somebody/model"}, "unknown encoder"),  # no name reaches the network
     ({"name": "open_clip/RN50"}, "no features before its projection"),
     ({"name": "open_clip/ViT-B-16-SigLIP"}, "ask for 'timm/vit_base_patch16_siglip_224'"),
-    ({"name": "resnet18", "drop_path": 0.1}, "has no effect on encoder 'torchvision/resnet18'; leave out or give --encoder.drop_path 0"),
+    ({"name": "resnet18", "drop_path": 0.1}, "has no effect on encoder 'torchvision/resnet18'; leave out or give drop_path 0"),
     (
         {"name": "resnet18", "drop_path": 0.1, "layer_scale": 0.1, "patch_size": 4},
         "drop_path=0.1 and patch_size=4 and layer_scale=0.1 have no effect on encoder 'torchvision/resnet18'; leave out or give "
-        "--encoder.drop_path 0 --encoder.patch_size None --encoder.layer_scale 0",
+        "drop_path 0 and patch_size None and layer_scale 0",
     ),
     ({"name": "resnet18", "pooling": "avg"}, "pooling='avg' has no effect"),
     ({"name": "timm/resnet18", "pooling": "token"}, "pooling='token' has no effect"),

@@ -74,8 +74,8 @@ def _resampled(encoder: VisionEncoder, own: dict[str, Any], weights: Weights, re
         if not resample:
             raise ValueError(
                 f"{weights.source}: {name} is of {sides[0]} x {sides[0]} patches ({sides[0] * patch} pixels), encoder '{encoder.name}' has "
-                f"{sides[1]} x {sides[1]} ({encoder.input_size} pixels); resample it (--encoder.weights_resample), or take images of "
-                f"{sides[0] * patch} pixels"
+                f"{sides[1]} x {sides[1]} ({encoder.input_size} pixels); resample it (--encoder.weights_resample in a "
+                f"pretraining, --resample elsewhere), or take images of {sides[0] * patch} pixels"
             )
         tensors[prefix + name], done = state_dicts.resampled_positions(own[name], theirs, sides), True
     if resample and not done:

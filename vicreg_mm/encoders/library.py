@@ -112,7 +112,7 @@ def _refuse(name: str, given: dict[str, Any], *options: str) -> None:
     found = [option for option in options if given[option] is not None]
     if found:
         settings = " and ".join(f"{option}={given[option]!r}" for option in found)
-        remedy = " ".join(f"--encoder.{option} {_NEUTRAL.get(option, 'None')}" for option in found)
+        remedy = " and ".join(f"{option} {_NEUTRAL.get(option, 'None')}" for option in found)
         raise ValueError(f"{settings} {'has' if len(found) == 1 else 'have'} no effect on encoder '{name}'; leave out or give {remedy}")
 
 
