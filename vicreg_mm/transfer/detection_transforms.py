@@ -1,6 +1,7 @@
 """What a detector is shown: an image with its boxes and masks, resized, cropped and flipped together by torchvision's v2 transforms.
 
-Images are resized bilinearly with antialiasing, as PIL does and detectron2 with it; masks take the nearest pixel.
+Images are resized bilinearly with antialiasing, as PIL does and detectron2 with it; masks take the pixel in which the middle of the new one
+lies (torchvision by itself takes that of its upper left corner, which moves masks, and boxes made of them, by half a pixel).
 """
 
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.ops import masks_to_boxes
-from torchvision.transforms import v2
+from torchvision.transforms import InterpolationMode, v2
 
 Target = dict[str, Any]
 
@@ -21,7 +22,7 @@ def shortest_size(sizes: Sequence[int], max_size: int, flip: float = 0.5) -> v2.
 
     Source: detectron2's standard augmentation, 640 to 800 in steps of 32 with at most 1333.
     """
-    resize = v2.RandomShortestSize(list(sizes), max_size, antialias=True)
+    resize = ShortestSize(list(sizes), max_size)
     return v2.Compose([resize, v2.RandomHorizontalFlip(flip), v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes()])
 
 
@@ -32,7 +33,7 @@ def scale_jitter(side: int, scale: tuple[float, float] = (0.1, 2.0), flip: float
     Smaller images are not padded here: the detector lays a batch together, padded below and to the right.
     Source: arXiv:2012.07177; ViTDet (arXiv:2203.16527) has side 1024 and 0.1 to 2.
     """
-    resize = v2.ScaleJitter((side, side), scale, antialias=True)
+    resize = ScaleJitter((side, side), scale)
     last = [v2.ClampBoundingBoxes(), BoxesOfMasks(), v2.SanitizeBoundingBoxes()]
     return v2.Compose([resize, Window(side), v2.RandomHorizontalFlip(flip), *last])
 
@@ -53,6 +54,21 @@ def augment(transform: v2.Transform, image: np.ndarray, target: Target, key: tup
         pixels, target = transform(tv_tensors.Image(torch.from_numpy(image).permute(2, 0, 1)), target)
     plain = {name: value.as_subclass(Tensor) for name, value in target.items()}
     return pixels.as_subclass(Tensor).contiguous(), plain
+
+
+class _Resizing(v2.Transform):
+    """Before one of torchvision's transforms that draw a size: how images and masks are resized, to 1 pixel at least."""
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        mode = InterpolationMode.NEAREST_EXACT if isinstance(inpt, tv_tensors.Mask) else InterpolationMode.BILINEAR
+        size = [max(1, pixels) for pixels in params["size"]]
+        return self._call_kernel(v2.functional.resize, inpt, size, interpolation=mode, antialias=True)
+
+
+class ShortestSize(_Resizing, v2.RandomShortestSize): ...
+
+
+class ScaleJitter(_Resizing, v2.ScaleJitter): ...
 
 
 class Window(v2.Transform):
