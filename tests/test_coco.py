@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 from pycocotools import mask as run_lengths
+from torchvision import tv_tensors
 
 from vicreg_mm.input.decode import BadImage
-from vicreg_mm.transfer.coco import find_coco, read_coco
+from vicreg_mm.transfer.coco import _num_pixels, find_coco, read_coco
 from vicreg_mm.transfer.detection_transforms import augment, fixed_size, scale_jitter, shortest_size
 from vicreg_mm.transfer.voc import VOC_CLASSES, read_voc
 
@@ -146,6 +147,50 @@ def test_what_cannot_be_read_at_all_is_said(tmp_path):
         crowds.training_rows()
 
 
+@pytest.mark.parametrize(
+    ("kind", "entry", "message"),
+    [
+        ("images", None, "its images are None, no list"),
+        ("annotations", [3], "number 0 of its annotations is 3, no object"),
+        ("images", [{"id": "x", "file_name": "a.png", **SIZE}], "number 0 of its images has id 'x', which is no whole number"),
+        ("images", [{"id": 7, "file_name": "a.png", "height": 0, "width": 9}], "number 0 of its images has file_name 'a.png' and 9 x 0"),
+    ],
+)
+def test_entries_that_are_none_of_cocos_are_told_in_one_line(tmp_path, kind, entry, message):
+    content = {"images": [], "annotations": [], "categories": [], kind: entry}
+    (tmp_path / "x.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message) as error:
+        read_coco(tmp_path / "x.json", tmp_path, masks=True)
+    assert "\n" not in str(error.value)
+
+
+def test_boxes_and_masks_that_no_code_can_draw_are_left_out_and_counted(tmp_path):
+    counts = rle(disc())["counts"]
+    bad = [
+        instance(2, bbox=(float("nan"), 2, 3, 4)),
+        instance(3, bbox=(1, 2, 3, 4)) | {"bbox": ["1", 2, 3]},
+        instance(4, segmentation=(1.0, 2.0, 3.0, 4.0, 5.0, 6.0)),
+        instance(5, segmentation=([1e9, 2.0, 3.0, 4.0, 5.0, 6.0],)),
+        instance(6, segmentation=([float("nan"), 2.0, 3.0, 4.0, 5.0, 6.0],)),
+        instance(7, segmentation={"size": [40, 60], "counts": counts[:-1]}),
+        instance(8, segmentation={"size": [40, 60], "counts": "zz~"}),
+        instance(9, segmentation={"size": [40, 60], "counts": [2500, -100]}),
+    ]
+    found = read_coco(*find_coco(write(tmp_path, [instance(1) | {"area": None}, *bad]), "train"), masks=True)
+    assert found.areas.tolist() == [400.0]
+    assert {reason: count for reason, (count, _) in found.left_out.items() if "there" not in reason} == {
+        "boxes that are not four numbers": 2, "masks that are neither polygons nor run lengths": 1,
+        "polygons far outside of their image": 2, "masks of another size than their image": 3,
+    }  # fmt: skip
+
+
+def test_run_lengths_are_counted_as_they_are_packed():
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        mask = cv2.resize((rng.random((9, 7)) < 0.5).astype(np.uint8), (60 + seed, 40), interpolation=cv2.INTER_NEAREST)
+        assert _num_pixels(rle(mask)["counts"]) == _num_pixels(plain_rle(mask)["counts"]) == mask.size
+
+
 def test_a_view_depends_on_seed_epoch_and_row_alone_and_leaves_the_random_state(coco):
     jitter, image = scale_jitter(32), coco.image(0)
     torch.manual_seed(5)
@@ -164,6 +209,22 @@ def test_boxes_after_large_scale_jitter_are_those_of_the_masks_and_fit_the_windo
         for box, mask in zip(target["boxes"].int().tolist(), target["masks"], strict=True):
             ys, xs = torch.where(mask)
             assert box == [int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1]
+
+
+def test_boxes_of_resized_masks_lie_where_the_image_has_them(coco):
+    """At most half a pixel off on either side, and none on average."""
+    jitter, image, errors = scale_jitter(60, scale=(0.3, 1.0), flip=0.0), coco.image(0), []
+    for row in range(40):
+        pixels, target = augment(jitter, image, coco.target(0), (0, 0, row))
+        factors = np.array([pixels.shape[2] / 60, pixels.shape[1] / 40] * 2)
+        errors.append(target["boxes"][0].numpy() - [10, 5, 30, 25] * factors)
+    assert np.abs(errors).max() <= 0.501 and np.abs(np.mean(errors)) < 0.1
+
+
+def test_a_sliver_keeps_a_pixel_when_it_is_shrunk():
+    target = {"boxes": tv_tensors.BoundingBoxes([[0.0, 0, 600, 4]], format="XYXY", canvas_size=(4, 600)), "labels": torch.ones(1)}
+    pixels, _ = augment(scale_jitter(60, scale=(0.1, 0.1)), np.zeros((4, 600, 3), np.uint8), target, (0, 0, 0))
+    assert pixels.shape == (3, 1, 6)
 
 
 def test_the_short_side_has_one_of_the_sizes_and_boxes_and_masks_follow(coco):

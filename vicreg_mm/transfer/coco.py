@@ -4,7 +4,9 @@ FOLDER/annotations/instances_train2017.json   FOLDER/train2017/000000000009.jpg
 """
 
 import hashlib
+import itertools
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,13 @@ import numpy as np
 from vicreg_mm.transfer.instances import InstanceMasks, InstanceSet, Tally, files_in
 
 _NOT_THERE = "instances of images that are not there"
+_NO_MASK, _OTHER_SIZE = "instances without a mask", "masks of another size than their image"
 _KEYS = {
     "images": {"id", "file_name", "height", "width"},
     "annotations": {"id", "image_id", "category_id", "bbox"},
     "categories": {"id", "name"},
 }
+_WHOLE = {"images": ("id", "height", "width"), "annotations": ("image_id", "category_id"), "categories": ("id",)}
 
 
 def find_coco(folder: str | Path, split: str) -> tuple[Path, Path]:
@@ -91,7 +95,7 @@ def read_coco(annotations: Path, images: Path, *, masks: bool) -> InstanceSet:
         first=np.searchsorted(rows, np.arange(len(listed) + 1)),
         boxes=np.array([a["bbox"] for _, a in kept], np.float64).reshape(-1, 4),
         labels=np.array([label_of[a["category_id"]] for _, a in kept], np.int64),
-        areas=np.array([a.get("area", a["bbox"][2] * a["bbox"][3]) for _, a in kept], np.float64),
+        areas=np.array([a["area"] if _is_finite(a.get("area")) else a["bbox"][2] * a["bbox"][3] for _, a in kept], np.float64),
         ignored=np.array([bool(a.get("iscrowd", 0)) for _, a in kept], bool),
         train_ignored=False,
         masks=InstanceMasks([a["segmentation"] for _, a in kept]) if masks else None,
@@ -105,34 +109,93 @@ def read_coco(annotations: Path, images: Path, *, masks: bool) -> InstanceSet:
 def _read(annotations: Path) -> dict[str, Any]:
     try:
         content = json.loads(annotations.read_bytes())
-        missing = ", ".join(sorted(_KEYS.keys() - content.keys()))
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"cannot read {annotations}: {error}") from error
-    if missing:
+    if not isinstance(content, dict):
+        raise ValueError(f"{annotations} is no file of COCO's instances: it holds {str(content)[:40]}, no object")
+    if missing := ", ".join(sorted(_KEYS.keys() - content.keys())):
         raise ValueError(f"{annotations} is no file of COCO's instances: it has no {missing}")
-    for kind, keys in _KEYS.items():
+    for kind in _KEYS:
+        if not isinstance(content[kind], list):
+            raise ValueError(f"{annotations} is no file of COCO's instances: its {kind} are {str(content[kind])[:40]}, no list")
         for number, entry in enumerate(content[kind]):
-            if not keys <= entry.keys():
-                lacking = ", ".join(sorted(keys - entry.keys()))
-                raise ValueError(f"{annotations}: number {number} of its {kind} lacks {lacking}; are these the annotations of instances?")
+            if fault := _entry_fault(kind, entry):
+                raise ValueError(f"{annotations}: number {number} of its {kind} {fault}")
     return content
+
+
+def _entry_fault(kind: str, entry: Any) -> str | None:
+    """Why an entry of the file is none of COCO's, or None."""
+    if not isinstance(entry, dict):
+        return f"is {str(entry)[:40]}, no object"
+    if lacking := ", ".join(sorted(_KEYS[kind] - entry.keys())):
+        return f"lacks {lacking}; are these the annotations of instances?"
+    for name in _WHOLE[kind]:
+        value = entry[name]
+        if not (isinstance(value, int) or (isinstance(value, float) and value.is_integer())):
+            return f"has {name} {value!r}, which is no whole number"
+    if kind == "images" and (not isinstance(entry["file_name"], str) or min(entry["height"], entry["width"]) < 1):
+        return (
+            f"has file_name {entry['file_name']!r} and {entry['width']} x {entry['height']} pixels; expected a name and sides of 1 or more"
+        )
+    return None
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _fault(annotation: dict[str, Any], image: dict[str, Any], masks: bool) -> str | None:
     """Why an instance cannot be used, or None."""
-    x, y, width, height = annotation["bbox"]
+    box = annotation["bbox"]
+    if not isinstance(box, list) or len(box) != 4 or not all(map(_is_finite, box)):
+        return "boxes that are not four numbers"
+    x, y, width, height = box
     seen = min(x + width, image["width"]) - max(x, 0), min(y + height, image["height"]) - max(y, 0)
     if width <= 0 or height <= 0:
         return "boxes without area"
     if min(seen) <= 0:
         return "boxes outside of their image"
-    if not masks:
-        return None
-    segmentation = annotation.get("segmentation")
+    return _mask_fault(annotation.get("segmentation"), image["height"], image["width"]) if masks else None
+
+
+def _mask_fault(segmentation: Any, height: int, width: int) -> str | None:
+    """Why a mask cannot be drawn, or None. COCO's code, which draws it when it is asked for, checks nothing: runs that end too soon leave
+    what lay in the memory before, and a polygon of far corners takes all of it."""
     if not segmentation:
-        return "instances without a mask"
-    if isinstance(segmentation, list):  # drawn when it is asked for: that takes a thousand times longer than this
-        return None if any(len(polygon) >= 6 for polygon in segmentation) else "instances without a mask"
-    size, counts = segmentation.get("size"), segmentation.get("counts")
-    right_sum = not isinstance(counts, list) or sum(counts) == image["height"] * image["width"]
-    return None if size == [image["height"], image["width"]] and right_sum else "masks of another size than their image"
+        return _NO_MASK
+    if isinstance(segmentation, dict):
+        right_size = segmentation.get("size") == [height, width] and _num_pixels(segmentation.get("counts")) == height * width
+        return None if right_size else _OTHER_SIZE
+    try:
+        polygons = [polygon for polygon in segmentation if len(polygon) >= 6]
+        corners = list(itertools.chain(*polygons))
+        finite = math.isfinite(sum(corners))
+    except TypeError:
+        return "masks that are neither polygons nor run lengths"
+    if not polygons:
+        return _NO_MASK
+    side = max(height, width)
+    return None if finite and -side <= min(corners) and max(corners) <= 2 * side else "polygons far outside of their image"
+
+
+def _num_pixels(counts: Any) -> int | None:
+    """How many pixels run lengths are for, plain ones or compressed; None for what is neither.
+
+    Compressed: numbers of 5 bits a character from "0" on, the low ones first, bit 32 where more follow, bit 16 of the last for the sign;
+    from the fourth on, the difference to the run before the last. Source: cocoapi, maskApi.c, rleToString.
+    """
+    runs: list[int] = []
+    if isinstance(counts, list):
+        runs = counts
+    elif isinstance(counts, str):
+        value = shift = 0
+        for code in (ord(character) - 48 for character in counts):
+            value, shift = value | (code & 31) << shift, shift + 5
+            if not 0 <= code < 64 or shift > 60:
+                return None
+            if not code & 32:
+                value -= (code & 16) << (shift - 4)
+                runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+                value = shift = 0
+    return sum(runs) if runs and all(isinstance(run, int) and run >= 0 for run in runs) else None

@@ -62,7 +62,7 @@ class InstanceSet:
         counts = np.diff(np.concatenate([[0], np.cumsum(self.trained)])[self.first])
         rows = np.flatnonzero(counts)
         if not len(rows):
-            raise ValueError(f"{self.source} has no image with an instance to train on; {self.report()}")
+            raise ValueError(f"no image with an instance to train on in {self.report()}")
         return rows
 
     def image(self, row: int) -> np.ndarray:
