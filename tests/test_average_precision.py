@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from pycocotools import mask as run_lengths
 
 from vicreg_mm.transfer.average_precision import (
@@ -13,6 +14,8 @@ from vicreg_mm.transfer.average_precision import (
     gather_detections,
     voc_average_precision,
 )
+from vicreg_mm.transfer.detection import DetectionBatch
+from vicreg_mm.transfer.detection_evaluation import evaluate
 from vicreg_mm.transfer.instances import InstanceMasks, InstanceSet
 
 SIDE = 200
@@ -63,6 +66,12 @@ def test_no_detections_at_all_have_ap_0_and_no_objects_at_all_none():
     assert coco_average_precision(truth_of([TWO, ONE]), [found(0), found(1)])["box/AP"] == 0
     assert math.isnan(coco_average_precision(truth_of([()]), [found(0, (A, 0.9, 1))])["box/AP"])
     assert voc_average_precision(truth_of([ONE]), [found(0)])["box/AP50"] == 0
+
+
+def test_a_set_of_which_no_image_can_be_read_is_an_error_that_names_the_first():
+    batches = [DetectionBatch([], [], [], torch.tensor([]), 1, (f"{name}.png: damaged",)) for name in "ab"]
+    with pytest.raises(ValueError, match=r"none of the 2 images of made could be evaluated, the first: a\.png: damaged"):
+        evaluate(torch.nn.Identity(), truth_of([ONE, ONE]), batches, torch.device("cpu"))
 
 
 def test_a_false_positive_of_higher_score_halves_precision_at_every_recall():

@@ -6,9 +6,10 @@ import torch
 from torch.nn import functional as F
 
 from vicreg_mm.encoders import build_vision
-from vicreg_mm.segment import build_segmenter
+from vicreg_mm.segment import build_segmenter, inference_of, score
 from vicreg_mm.training_config import EngineConfig
 from vicreg_mm.transfer.confusion import IGNORED
+from vicreg_mm.transfer.masks import MaskedImages
 from vicreg_mm.transfer.segmentation import MaskBatch, Segmenter
 from vicreg_mm.transfer.segmentation_config import SegmentationConfig
 from vicreg_mm.transfer.segmentation_inference import Inference, sliding_scores, window_starts
@@ -74,6 +75,12 @@ def test_a_frozen_encoder_stays_as_it_is_under_a_linear_head():
     model.train()(batch_of())[0].backward()
     assert all(p.grad is None for p in model.encoder.parameters())
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.encoder.state_dict().items())
+
+
+def test_images_of_which_none_can_be_read_are_an_error_that_names_the_first(tmp_path):
+    images = MaskedImages(((tmp_path / "a.png", tmp_path / "a.png"),), ("x", "y", "z"), np.zeros(256, np.uint8))
+    with pytest.raises(ValueError, match=r"none of the 1 images of the evaluation can be read, the first: .*a\.png"):
+        score(segmenter(), images, inference_of(SegmentationConfig(name="tiny")), torch.device("cpu"))
 
 
 def test_an_unknown_head_is_told_with_the_known_ones():

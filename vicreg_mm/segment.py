@@ -120,22 +120,34 @@ def score(
     """Scores of all images, each exactly once over the ranks, and the number of those that cannot be read. All ranks must call it.
 
     folder: where the rank that has an image draws it, if it is one of `num_drawn` evenly spaced ones.
+    Raises ValueError where none can be read, naming the first, and where there is no labelled pixel.
     """
     drawn = {n * len(images) // num_drawn for n in range(min(num_drawn, len(images)))} if folder else set()
     matrix = torch.zeros(images.num_classes, images.num_classes, dtype=torch.int64, device=device)
-    num_bad = 0
+    faults: list[str] = []
     with evaluating(model):
         for pictures, bad in evaluation_data(images, workers):
-            num_bad += len(bad)
+            faults += bad
             for picture in pictures:
                 prediction = inference.predict(model.scores, picture.image.to(device))
                 matrix += confusion_matrix(picture.mask.to(device), prediction, images.num_classes)
                 if folder is not None and picture.row in drawn:
                     _draw(folder, picture, prediction, images)
-    num_bad = sum(distributed.exchange_counts(num_bad, device))
-    if num_bad and distributed.is_main():
-        print(f"left out {num_bad} of {len(images)} images of the evaluation, which cannot be read", flush=True)
+    num_bad = _left_out(faults, len(images), device)
     return SegmentationScores.of(distributed.sum_over_ranks(matrix)), num_bad
+
+
+def _left_out(faults: Sequence[str], num_images: int, device: torch.device) -> int:
+    """The number of images that cannot be read, on all ranks, said with the first of them. Raises ValueError where those are all."""
+    num_bad = sum(distributed.exchange_counts(len(faults), device))
+    if num_bad:
+        parts = distributed.gather_objects(faults[:1]) or []
+        first = distributed.broadcast_object(next((message for part in parts for message in part), ""))
+        if num_bad == num_images:
+            raise ValueError(f"none of the {num_images} images of the evaluation can be read, the first: {first}")
+        if distributed.is_main():
+            print(f"left out {num_bad} of {num_images} images of the evaluation, which cannot be read, the first: {first}", flush=True)
+    return num_bad
 
 
 def _draw(folder: Path, picture: Picture, prediction: torch.Tensor, images: MaskedImages) -> None:

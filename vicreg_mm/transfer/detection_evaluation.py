@@ -56,17 +56,23 @@ def evaluate(
     """Average precision, the same on all ranks, and all detections on rank 0. All ranks must call it.
 
     rules: "coco" or "voc". Beside the metrics, `num_images` looked at and `num_bad_records` that could not be read; the first is named.
+    Raises ValueError where none could be read.
     """
     own, bad = find(detector, batches, device)
     found, faults = gather_detections(own), distributed.gather_objects(bad)
     result: dict[str, float] = {}
+    first = ""
     if found is not None and faults is not None:
         messages = [message for part in faults for message in part]
-        if messages:
-            print(f"{len(messages)} images could not be evaluated, the first: {messages[0]}", flush=True)
+        first = messages[0] if messages else "there are none"
+        if messages and found:
+            print(f"{len(messages)} images could not be evaluated, the first: {first}", flush=True)
         metrics = voc_average_precision(images, found) if rules == "voc" else coco_average_precision(images, found)
         result = {**metrics, "num_images": len(found), "num_bad_records": len(messages)}
-    return distributed.broadcast_object(result), found
+    result, first = distributed.broadcast_object((result, first))
+    if not result["num_images"]:
+        raise ValueError(f"none of the {len(images)} images of {images.source} could be evaluated, the first: {first}")
+    return result, found
 
 
 def write_detections(path: Path, images: InstanceSet, found: Sequence[Detections]) -> None:
