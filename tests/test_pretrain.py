@@ -140,7 +140,7 @@ def test_a_bad_record_is_left_out_counted_and_listed(outcomes):
 
 def test_too_many_bad_records_stop_the_run_with_their_share(outcomes):
     message = outcomes["many bad"][1]
-    assert message.startswith("TooManyBadRecords: ") and "--input.max_bad_share is 2.0%" in message and "bad_records.txt" in message
+    assert message.startswith("TooManyBadRecords: ") and "max_bad_share is 2.0%" in message and "bad_records.txt" in message
 
 
 def test_a_batch_without_a_single_good_record_names_a_bad_one(outcomes):

@@ -323,8 +323,7 @@ class _Loop:
         limit = self.t.max_bad_share
         if share > limit and bad > 1:
             raise TooManyBadRecords(
-                f"{bad} of {attempted} records could not be used ({share:.1%}, --input.max_bad_share is {limit:.1%}); "
-                f"see {self.bad_records.path}"
+                f"{bad} of {attempted} records could not be used ({share:.1%}, max_bad_share is {limit:.1%}); see {self.bad_records.path}"
             )
         return bad
 
