@@ -8,7 +8,7 @@
 
 COCO_FOLDER as downloaded: annotations/instances_{train,val}2017.json, train2017/, val2017/. Any set of that form; data/camvid.py makes one.
 --resume goes on after a kill. AP by pycocotools on every image of val, the same on any number of processes; detections.json in the run
-directory holds all detections in COCO's format, drawings/ what --draw asks for, evaluations/ the row. For a ViT: coco_detection_vit.py.
+directory holds all detections in COCO's format, predictions/ what --draw asks for, evaluations/ the row. For a ViT: coco_detection_vit.py.
 
 Source of every number: detectron2's 1x schedule of Mask R-CNN R50-FPN: 90,000 steps of 16 images, SGD 0.02 (momentum 0.9, weight decay
 1e-4), a tenth after 60,000 and 80,000, warm-up over 1,000 steps from 0.001, short side 640 to 800 in steps of 32, long side at most 1333,

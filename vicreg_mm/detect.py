@@ -54,7 +54,7 @@ def measure_detection(config: DetectionConfig, device: torch.device) -> Measured
     encoder = detector.encoder
     told = {"source": config.encoder, "name": encoder.name, "mean": list(encoder.mean), "std": list(encoder.std)}
     sets = {
-        split: {"path": config.data, "source": images.source, "annotations": images.fingerprint, "num_images": len(images)}
+        split: {"path": config.data, "source": images.source, "edition": images.fingerprint, "num_images": len(images)}
         for split, images in (("train", train), ("val", test))
     }
     kinds = [kind for kind in ("box", "mask") if f"{kind}/AP" in result]
@@ -91,6 +91,6 @@ def _draw(folder: Path, images: InstanceSet, found: Sequence[Detections], count:
     """Pictures of so many images, evenly over the set."""
     for n in range(min(count, len(found))):
         one = found[n * len(found) // count if count < len(found) else n]
-        path = folder / f"{Path(images.files[one.row]).stem}.png"
+        path = folder / f"{one.row:05d}-{Path(images.files[one.row]).stem}.png"
         path.parent.mkdir(exist_ok=True)
         sheet(images, one).save(path)

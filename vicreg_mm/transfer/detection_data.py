@@ -54,14 +54,16 @@ class Views:
     seed: int
 
     def __call__(self, places: Sequence[int], epoch: int) -> DetectionBatch:
-        found, rows, bad = [], [], []
+        found, rows, sizes, bad = [], [], [], []
         for row in (int(self.rows[place]) for place in places):
             try:
-                found.append(augment(self.transform, self.images.image(row), self.images.target(row), (self.seed, epoch, row)))
-                rows.append(row)
+                image = self.images.image(row)
             except BadImage as error:
                 bad.append(str(error))
-        sizes = [(image.shape[1], image.shape[2]) for image, _ in found]
+                continue
+            found.append(augment(self.transform, image, self.images.target(row), (self.seed, epoch, row)))
+            sizes.append(image.shape[:2])
+            rows.append(row)
         pixels, targets = [image for image, _ in found], [target for _, target in found]
         return DetectionBatch(pixels, targets, sizes, torch.tensor(rows, dtype=torch.int64), len(places), tuple(bad))
 
