@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.nn import functional as F
 
 from vicreg_mm.encoders import build_vision
@@ -75,6 +76,18 @@ def test_a_frozen_encoder_stays_as_it_is_under_a_linear_head():
     model.train()(batch_of())[0].backward()
     assert all(p.grad is None for p in model.encoder.parameters())
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.encoder.state_dict().items())
+
+
+def test_every_image_is_drawn_where_more_are_asked_for(tmp_path):
+    pairs = []
+    for name in "abcd":
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.jpg")
+        Image.new("L", (8, 8)).save(tmp_path / f"{name}.png")
+        pairs.append((tmp_path / f"{name}.jpg", tmp_path / f"{name}.png"))
+    images = MaskedImages(tuple(pairs), ("x", "y", "z"), np.zeros(256, np.uint8))
+    inference = Inference("whole", scale=(32, 32))
+    score(segmenter(), images, inference, torch.device("cpu"), folder=tmp_path / "drawn", num_drawn=9)
+    assert len(list((tmp_path / "drawn").iterdir())) == 4
 
 
 def test_images_of_which_none_can_be_read_are_an_error_that_names_the_first(tmp_path):

@@ -122,7 +122,8 @@ def score(
     folder: where the rank that has an image draws it, if it is one of `num_drawn` evenly spaced ones.
     Raises ValueError where none can be read, naming the first, and where there is no labelled pixel.
     """
-    drawn = {n * len(images) // num_drawn for n in range(min(num_drawn, len(images)))} if folder else set()
+    num_drawn = min(num_drawn, len(images))
+    drawn = {n * len(images) // num_drawn for n in range(num_drawn)} if folder else set()
     matrix = torch.zeros(images.num_classes, images.num_classes, dtype=torch.int64, device=device)
     faults: list[str] = []
     with evaluating(model):
