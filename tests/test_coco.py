@@ -266,3 +266,7 @@ def test_voc_boxes_cover_their_last_pixel_and_difficult_objects_are_trained_on_b
     assert voc.image(0).shape == (40, 60, 3)
     with pytest.raises(ValueError, match=r"VOC2007.*test"):
         read_voc(tmp_path, (("2007", "test"),))
+    path = tmp_path / "VOCdevkit/VOC2007/Annotations/000001.xml"
+    path.write_text(path.read_text().replace("dog", "zebra"))
+    with pytest.raises(ValueError, match=r"cannot read .*000001\.xml: 'zebra' is none of Pascal VOC's 20 classes"):
+        read_voc(tmp_path, (("2007", "trainval"),))

@@ -78,8 +78,11 @@ def _objects(annotation: Path) -> tuple[tuple[int, int], list[tuple[int, list[fl
         objects = []
         for found in tree.get("object", []):
             x0, y0, x1, y1 = (float(found["bndbox"][edge]) for edge in ("xmin", "ymin", "xmax", "ymax"))
+            if found["name"] not in VOC_CLASSES:
+                raise ValueError(f"'{found['name']}' is none of Pascal VOC's 20 classes")
             label = VOC_CLASSES.index(found["name"]) + 1
             objects.append((label, [x0 - 1, y0 - 1, x1 - x0 + 1, y1 - y0 + 1], found.get("difficult") == "1"))
         return size, objects
     except (OSError, ParseError, KeyError, ValueError, TypeError) as error:
-        raise ValueError(f"cannot read {annotation}: {error!r}") from error
+        lacking = f"it lacks {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"cannot read {annotation}: {lacking}") from error
