@@ -36,12 +36,6 @@ class FewLabel(ClassificationConfig):
     protocol: Literal["auto", "1percent", "10percent"] = "auto"
     """Whose published settings; auto: those of the nearer share, with 40 images of a class between the two."""
 
-    def check(self) -> None:
-        """Raise ConfigError without a choice of few labels, too."""
-        super().check()
-        if not (self.fraction or self.per_class or self.images):
-            raise ConfigError("which labels? give --fraction, as 0.01, --per_class or --images")
-
     def miniature(self) -> Self:
         """The smoke profile: 10 labels of each digit in place of the published share."""
         return dataclasses.replace(super().miniature(), **({"per_class": 10, "fraction": 0.0} if self.fraction else {}))

@@ -268,8 +268,6 @@ def test_the_rates_of_few_labels_are_those_of_their_share():
     assert published("few_label", "--mode", "linear").optim.encoder_lr_scale == 1.0
     with pytest.raises(ConfigError, match=r"images x.txt: whose rates"):
         rates("--images", "x.txt")
-    with pytest.raises(ConfigError, match=r"which labels\? give --fraction, as 0.01, --per_class or --images"):
-        rates("--fraction", "0")
     control = published("few_label", "--encoder", "torchvision/resnet50@random", "--fraction", "0.1")
     assert (control.peak_lr, control.optim.weight_decay, control.epochs, control.optim.encoder_lr_scale) == (0.1, 1e-3, 200, 1.0)
 
