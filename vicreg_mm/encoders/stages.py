@@ -54,6 +54,7 @@ class StageMaps(nn.Module):
         self.norms = nn.ModuleList(_layer_norms(self.channels) if norm == "new" else ())
 
     def forward(self, images: Tensor) -> list[Tensor]:
+        """Normalised images [N, 3, H, W] of any sides -> a map [N, C_k, ceil(H / s_k), ceil(W / s_k)] for each tap, of strides s_k."""
         height, width = images.shape[-2:]
         side = self.encoder.input_size
         if self.encoder.fixed_size and (height, width) != (side, side):

@@ -43,6 +43,7 @@ class TokenFeatures(nn.Module):
         self.num_features = encoder.map_width * {"token": 1, "mean": 1, "last4": 4, "last4+mean": 5}[kind]
 
     def forward(self, images: Tensor) -> Tensor:
+        """Normalised images [N, 3, H, W] -> features [N, num_features]."""
         if self._tokens is None:
             return self.encoder.forward_maps(images).mean(dim=(2, 3))
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.encoder.frozen):

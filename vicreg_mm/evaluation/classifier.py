@@ -48,6 +48,7 @@ class Classifier(nn.Module):
         return self.head(self.head_norm(self.encoder(images).flatten(1))).float()
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of the global batch and what there is to log; batch: the view "image", uint8 [n, 3, H, W], and labels [n]."""
         assert batch.labels is not None
         images, targets = self.mixing(self.normalize(batch.views["image"]), batch.labels)
         scores = self._scores(images)
