@@ -13,7 +13,8 @@ Without arguments: trains the smoke profile of digits.py for a few dozen steps a
 printed, and kept as evaluations/linear_probe-NNN.json in the run directory.
 Source of every number: facebookresearch/vicreg, README and evaluate.py (the default rate there is 0.3, the README's 0.02); Places205 and
 iNaturalist 2018: arXiv:2105.04906, appendix C, and VISSL's BatchNorm before the classifier (vissl/models/heads/linear_eval_mlp.py), without
-which users end near 10 % there, perhaps for that (facebookresearch/vicreg, issue 17). DINO: eval_linear.py (arXiv:2104.14294); MAE: FINETUNE.md.
+which users may have ended near 10 % there (facebookresearch/vicreg, issue 17). DINO: eval_linear.py (arXiv:2104.14294); MAE:
+FINETUNE.md.
 Differs: the cosine falls per step, not per epoch; biases have no weight decay; VISSL classifies 2 x 2 cells of the last map, 8,192 numbers,
 with Nesterov's momentum, this the encoder's own 2,048 features, without.
 Expected: VICReg's ResNet-50 after 1000 epochs: 73.2 / 91.1 % on ImageNet, 54.3 on Places205, 47.0 on iNaturalist 2018 (published, not run
