@@ -15,7 +15,7 @@ from vicreg_mm.transfer.average_precision import (
     voc_average_precision,
 )
 from vicreg_mm.transfer.detection import DetectionBatch
-from vicreg_mm.transfer.detection_evaluation import evaluate
+from vicreg_mm.transfer.detection_evaluation import detection_table, evaluate
 from vicreg_mm.transfer.instances import InstanceMasks, InstanceSet
 
 SIDE = 200
@@ -102,6 +102,25 @@ def test_detections_in_an_image_without_objects_are_false():
 def test_classes_are_averaged_and_images_that_were_not_looked_at_are_not_asked_for():
     truth = truth_of([((A, 1, False), (B, 2, False)), ONE], num_classes=2)
     assert coco_average_precision(truth, [found(0, (A, 0.9, 1), (B, 0.9, 1))])["box/AP"] == pytest.approx(0.5)
+
+
+def test_each_class_has_its_own_ap_and_one_without_objects_none():
+    truth = truth_of([((A, 1, False), (B, 2, False), (C, 2, False))], num_classes=3, masks=True)
+    result = coco_average_precision(truth, [found(0, (A, 0.9, 1), (B, 0.8, 2), (FAR, 0.7, 3), masks=True)])
+    for kind in ("box", "mask"):
+        assert [result[f"{kind}/AP/{name}"] for name in "012"] == pytest.approx([1, 51 / 101, math.nan], nan_ok=True)
+        assert result[f"{kind}/AP"] == pytest.approx((1 + 51 / 101) / 2)
+    voc = voc_average_precision(truth, [found(0, (A, 0.9, 1), (B, 0.8, 2), (FAR, 0.7, 3))])
+    assert [voc[f"box/AP50/{name}"] for name in "012"] == pytest.approx([1, 6 / 11, math.nan], nan_ok=True)
+
+
+def test_the_table_has_a_line_for_each_class():
+    truth = truth_of([((A, 1, False), (B, 2, False))], num_classes=3, masks=True)
+    shown = [found(0, (A, 0.9, 1), masks=True)]
+    lines = detection_table(coco_average_precision(truth, shown)).splitlines()[4:]
+    assert [line.split() for line in lines[1:]] == [["0", "100.0", "100.0"], ["1", "0.0", "0.0"], ["2", "-", "-"]]
+    assert lines[0] == "class   box AP, %   mask AP, %" and {len(line) for line in lines} == {len(lines[0])}
+    assert detection_table(voc_average_precision(truth, shown)).splitlines()[3] == "class   box AP50, %"
 
 
 def test_the_size_of_a_mask_is_its_own_area_and_not_that_of_its_box():

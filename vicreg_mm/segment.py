@@ -164,7 +164,7 @@ def table(scores: SegmentationScores, class_names: Sequence[str]) -> str:
     """The three scores in percent, and below them each class, where they are not too many."""
     lines = ["   ".join(f"{name} {100 * value:.2f} %" for name, value in scores.as_dict().items())]
     if len(class_names) <= MAX_LISTED:
-        width = max(map(len, class_names))
+        width = max(map(len, ("class", *class_names)))
         lines += ["", f"{'class'.ljust(width)}   IoU, %   Acc, %"]
         for name, iou, accuracy in zip(class_names, scores.iou, scores.accuracy, strict=True):
             lines.append("   ".join([name.ljust(width), *(f"{'-' if v != v else f'{100 * v:.1f}'}".rjust(6) for v in (iou, accuracy))]))

@@ -49,9 +49,9 @@ def gather_detections(own: Sequence[Detections]) -> list[Detections] | None:
 
 
 def coco_average_precision(truth: InstanceSet, detections: Sequence[Detections]) -> dict[str, float]:
-    """ "box/AP" and the other `COCO_METRICS`, likewise "mask/..." where the set and the detections have masks.
+    """ "box/AP" and the other `COCO_METRICS`, and "box/AP/CLASS" of each class; likewise "mask/..." where set and detections have masks.
 
-    Over the images of `detections`: those in which nothing was found count, too. NaN where no object is of that size.
+    Over the images of `detections`: those in which nothing was found count, too. NaN where no object is of that size or class.
     """
     dataset = truth.coco_dataset(one.row for one in detections)
     kinds = ["box"] + (["mask"] if truth.masks is not None and all(one.masks is not None for one in detections) else [])
@@ -64,8 +64,11 @@ def _coco_summary(dataset: dict[str, Any], detections: Sequence[Detections], kin
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
-    values = (float("nan") if value < 0 else float(value) for value in evaluation.stats)
-    return dict(zip(COCO_METRICS, values, strict=True))
+    # [thresholds, recalls, classes, areas: all first, numbers of detections: most last]; -1 where there is no object
+    by_class = evaluation.eval["precision"][:, :, :, 0, -1].mean(axis=(0, 1))
+    names = [*COCO_METRICS, *(f"AP/{category['name']}" for category in dataset["categories"])]
+    values = (float("nan") if value < 0 else float(value) for value in (*evaluation.stats, *by_class))
+    return dict(zip(names, values, strict=True))
 
 
 def _indexed(dataset: dict[str, Any]) -> COCO:
@@ -94,21 +97,25 @@ def _as_coco(dataset: dict[str, Any], detections: Iterable[Detections], kind: st
 def voc_average_precision(truth: InstanceSet, detections: Sequence[Detections]) -> dict[str, float]:
     """Pascal VOC's mean average precision over classes, of boxes: "box/AP50" and "box/AP75", and "box/AP" over IoU 0.50:0.95,
     with VOC2007's 11 points, in which results on VOC07 are published; "box/AP50_area" under the whole curve, as VOC has it since 2010.
+    "box/AP50/CLASS" of each class, as the first.
 
     Over the images of `detections`. Difficult objects are neither asked for nor counted as false; a second hit of an object is false.
-    Classes without an object are left out of the mean. Source: the VOC development kit, VOCevaldet.m; boxes there count both end pixels,
-    which `voc.read_voc` has made into edges.
+    Classes without an object are NaN, and left out of the mean. Source: the VOC development kit, VOCevaldet.m; boxes there count both end
+    pixels, which `voc.read_voc` has made into edges.
     """
     curves: dict[float, list[tuple[np.ndarray, np.ndarray]]] = {threshold: [] for threshold in VOC_THRESHOLDS}
-    for label in range(1, len(truth.classes) + 1):
+    by_class: dict[str, float] = {}
+    for label, name in enumerate(truth.classes, 1):
         images = [_voc_image(truth, one, label) for one in detections]
         wanted = sum(int((~ignored).sum()) for _, _, ignored in images)
         if wanted:
             for threshold in VOC_THRESHOLDS:
                 curves[threshold].append(_precision_recall(images, threshold, wanted))
+        by_class[f"box/AP50/{name}"] = _at_11_points(*curves[0.5][-1]) if wanted else float("nan")
     points = {t: float(np.mean([_at_11_points(*curve) for curve in curves[t]])) if curves[t] else float("nan") for t in VOC_THRESHOLDS}
     area = float(np.mean([_area(*curve) for curve in curves[0.5]])) if curves[0.5] else float("nan")
-    return {"box/AP": float(np.mean(list(points.values()))), "box/AP50": points[0.5], "box/AP75": points[0.75], "box/AP50_area": area}
+    mean = float(np.mean(list(points.values())))
+    return {"box/AP": mean, "box/AP50": points[0.5], "box/AP75": points[0.75], "box/AP50_area": area, **by_class}
 
 
 def _voc_image(truth: InstanceSet, one: Detections, label: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -23,6 +23,7 @@ from vicreg_mm.transfer.detection import Detector
 from vicreg_mm.transfer.instances import InstanceSet, from_corners
 
 MASK_THRESHOLD = 0.5
+MAX_LISTED = 100
 
 
 def find(detector: Detector, batches: OrderedBatches, device: torch.device) -> tuple[list[Detections], list[str]]:
@@ -91,12 +92,24 @@ def write_detections(path: Path, images: InstanceSet, found: Sequence[Detections
 
 
 def detection_table(result: Mapping[str, float]) -> str:
-    """The metrics in percent, a line for boxes and one for masks."""
+    """The metrics in percent, a line for boxes and one for masks; below them each class, where they are not too many."""
     kinds = [kind for kind in ("box", "mask") if f"{kind}/AP" in result]
     names = [name.partition("/")[2] for name in result if name.startswith("box/")]
-    width = max(map(len, names)) + 2
-    lines = ["".ljust(6) + "".join(name.rjust(width) for name in names)]
-    for kind in kinds:
-        cells = (f"{100 * result[f'{kind}/{name}']:.1f}" if result[f"{kind}/{name}"] == result[f"{kind}/{name}"] else "-" for name in names)
-        lines.append(kind.ljust(6) + "".join(cell.rjust(width) for cell in cells))
+    plain = [name for name in names if "/" not in name]
+    width = max(map(len, plain)) + 2
+    lines = ["".ljust(6) + "".join(name.rjust(width) for name in plain)]
+    lines += [kind.ljust(6) + "".join(_percent(result[f"{kind}/{name}"]).rjust(width) for name in plain) for kind in kinds]
+    by_class = [name for name in names if "/" in name]
+    if 0 < len(by_class) <= MAX_LISTED:
+        metric = by_class[0].partition("/")[0]
+        headings = [f"{kind} {metric}, %" for kind in kinds]
+        width = max(len("class"), *(len(name.partition("/")[2]) for name in by_class))
+        lines += ["", "   ".join(["class".ljust(width), *headings])]
+        for name in by_class:
+            cells = (_percent(result[f"{kind}/{name}"]).rjust(len(heading)) for kind, heading in zip(kinds, headings, strict=True))
+            lines.append("   ".join([name.partition("/")[2].ljust(width), *cells]))
     return "\n".join(lines)
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f}" if value == value else "-"
