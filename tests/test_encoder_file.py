@@ -14,9 +14,8 @@ import torchvision
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from tests.tiny import tiny_config
+from tests.tiny import tiny_config, written_run
 from vicreg_mm import config as configs
-from vicreg_mm.assemble import build_model
 from vicreg_mm.config import EncoderConfig
 from vicreg_mm.encoder_file import export_encoder, given_weights, load_weights, open_encoder, split_source
 from vicreg_mm.encoder_sources import read_weights
@@ -28,19 +27,6 @@ def equal(encoder, tensors):
     """Whether an encoder's tensors are those of a state dict, bit by bit."""
     own = encoder.net.state_dict()
     return all(torch.equal(own[key], tensors[key]) for key in own)
-
-
-def written_run(folder, **changes):
-    """A run directory with the checkpoint of a fresh model, and the model."""
-    config = tiny_config("shards", folder, **changes)
-    torch.manual_seed(3)
-    model = build_model(config)
-    saved = folder / "checkpoints" / "step-00000001"
-    saved.mkdir(parents=True)
-    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, saved / "model.safetensors")
-    (saved / "state.json").write_text("{}")
-    configs.save(config, folder / "config.json")
-    return config, saved, model
 
 
 @pytest.mark.parametrize("name", ["torchvision/resnet18", "timm/test_vit"])

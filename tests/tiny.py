@@ -4,7 +4,11 @@ import dataclasses
 import json
 from pathlib import Path
 
+import torch
+from safetensors.torch import save_file
+
 from vicreg_mm import config as configs
+from vicreg_mm.assemble import build_model
 
 
 def tiny_config(shards: str, run: Path | str, **changes) -> configs.RunConfig:
@@ -33,3 +37,16 @@ def metrics(run: Path | str, key: str = "loss/total") -> dict[int, float]:
     """step -> value of a key, from metrics.jsonl."""
     lines = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
     return {line["step"]: line[key] for line in lines if key in line}
+
+
+def written_run(folder, **changes):
+    """A run directory with the checkpoint of a fresh model, and the model."""
+    config = tiny_config("shards", folder, **changes)
+    torch.manual_seed(3)
+    model = build_model(config)
+    saved = folder / "checkpoints" / "step-00000001"
+    saved.mkdir(parents=True)
+    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, saved / "model.safetensors")
+    (saved / "state.json").write_text("{}")
+    configs.save(config, folder / "config.json")
+    return config, saved, model

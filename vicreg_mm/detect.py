@@ -69,6 +69,7 @@ def build(config: DetectionConfig, num_classes: int, device: torch.device) -> De
     Raises ValueError for an encoder that cannot be had, or that lacks the maps which the detector wants.
     """
     from vicreg_mm.batchnorm import convert_sync_batchnorm, set_batchnorm
+    from vicreg_mm.encoders.stages import freeze_stages
     from vicreg_mm.encoders.windows import attend_in_windows
 
     # resampled once to the square's grid, as published; else the position embeddings are interpolated in every forward pass
@@ -76,6 +77,7 @@ def build(config: DetectionConfig, num_classes: int, device: torch.device) -> De
     encoder = open_encoder(config.encoder, image_size=size, allow=config.allow, resample=config.resample, drop_path=config.drop_path)
     if config.window:
         attend_in_windows(encoder, config.window)
+    freeze_stages(encoder, config.freeze_at)
     if config.batchnorm == "frozen":
         set_batchnorm(encoder, "frozen", device)
     detector = build_detector(encoder, num_classes, config)

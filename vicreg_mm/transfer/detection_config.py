@@ -32,6 +32,8 @@ class DetectionConfig(TaskConfig):
     """In the pyramid of a hierarchical network, the heads' convolutions, and behind the last stage of c4."""
     batchnorm: Literal["sync", "train", "frozen"] = "sync"
     """The encoder's BatchNorm: statistics of all ranks, of this one, or those that came with the weights."""
+    freeze_at: int = 0
+    """Keep a ResNet's first parts as they are, as detectron2 counts them: 1 the stem, 2 the first stage, too, up to 5; 0: nothing."""
     width: int = 256
     """Channels of the pyramid and of the heads' convolutions; the box head's layers have four times as many."""
     rpn_convs: int = 1
@@ -74,7 +76,7 @@ class DetectionConfig(TaskConfig):
         """Raise ConfigError for values that no detector can have, too."""
         super().check()
         positive = ("max_side", "test_short_side", "jitter_side", "width", "proposals", "sampled_regions", "rpn_convs")
-        check_signs(self, positive, ("rpn_loss_weight", "window"))
+        check_signs(self, positive, ("rpn_loss_weight", "window", "freeze_at"))
         if not self.short_sides or min(self.short_sides) < 1 or not self.anchors or min(self.anchors) < 1:
             raise ConfigError(f"short_sides {self.short_sides} and anchors {self.anchors} must be positive, and at least one of each")
         if not 0 < self.jitter_scale[0] <= self.jitter_scale[1]:
