@@ -1,6 +1,7 @@
 """COCO's and Pascal VOC's annotations as they are downloaded, with all that can be wrong with them, and what training is shown of them."""
 
 import json
+import shutil
 
 import cv2
 import numpy as np
@@ -10,7 +11,7 @@ from pycocotools import mask as run_lengths
 from torchvision import tv_tensors
 
 from vicreg_mm.input.decode import BadImage
-from vicreg_mm.transfer.coco import _num_pixels, find_coco, read_coco
+from vicreg_mm.transfer.coco import _num_pixels, read_coco
 from vicreg_mm.transfer.detection_transforms import augment, fixed_size, scale_jitter, shortest_size
 from vicreg_mm.transfer.voc import VOC_CLASSES, read_voc
 
@@ -77,7 +78,7 @@ def everything():
 
 @pytest.fixture(scope="module")
 def coco(tmp_path_factory):
-    return read_coco(*find_coco(write(tmp_path_factory.mktemp("coco"), everything()), "train"), masks=True)
+    return read_coco(write(tmp_path_factory.mktemp("coco"), everything()), "train", masks=True)
 
 
 def test_category_ids_with_gaps_become_labels_from_1_and_lead_back(coco):
@@ -124,7 +125,7 @@ def test_gray_images_have_three_channels_and_broken_ones_are_named(coco):
 
 def test_an_image_of_another_size_than_annotated_is_named(tmp_path):
     images = [{"id": 1, "file_name": "a.png", "height": 41, "width": 60}]
-    wrong = read_coco(*find_coco(write(tmp_path, [instance(1, image_id=1)], images), "train"), masks=True)
+    wrong = read_coco(write(tmp_path, [instance(1, image_id=1)], images), "train", masks=True)
     with pytest.raises(BadImage, match=r"a\.png: 60 x 40 pixels, but 60 x 41 in"):
         wrong.image(0)
 
@@ -132,17 +133,19 @@ def test_an_image_of_another_size_than_annotated_is_named(tmp_path):
 def test_what_cannot_be_read_at_all_is_said(tmp_path):
     folder = write(tmp_path / "a", [instance(1, category_id=2)])
     with pytest.raises(ValueError, match="annotation 1 has category_id 2, which no category has"):
-        read_coco(*find_coco(folder, "train"), masks=True)
+        read_coco(folder, "train", masks=True)
     with pytest.raises(ValueError, match=r"should hold one annotations/instances_val\*\.json.*there is: none"):
-        find_coco(folder, "val")
-    path = tmp_path / "x.json"
-    path.write_text('{"images": []}')
+        read_coco(folder, "val", masks=True)
+    shutil.rmtree(folder / "train2017")
+    with pytest.raises(ValueError, match=r"no image that .*instances_train2017\.json lists first is in .*train2017, "):
+        read_coco(folder, "train", masks=True)
+    (tmp_path / "instances_train.json").write_text('{"images": []}')
     with pytest.raises(ValueError, match="no file of COCO's instances: it has no annotations, categories"):
-        read_coco(path, folder, masks=True)
+        read_coco(tmp_path, "train", masks=True)
     captions = write(tmp_path / "c", [{"id": 1, "image_id": 7, "caption": "a dog"}])
     with pytest.raises(ValueError, match="number 0 of its annotations lacks bbox, category_id; are these"):
-        read_coco(*find_coco(captions, "train"), masks=True)
-    crowds = read_coco(*find_coco(write(tmp_path / "b", [instance(1, iscrowd=1)]), "train"), masks=True)
+        read_coco(captions, "train", masks=True)
+    crowds = read_coco(write(tmp_path / "b", [instance(1, iscrowd=1)]), "train", masks=True)
     with pytest.raises(ValueError, match="no image with an instance to train on"):
         crowds.training_rows()
 
@@ -158,9 +161,9 @@ def test_what_cannot_be_read_at_all_is_said(tmp_path):
 )
 def test_entries_that_are_none_of_cocos_are_told_in_one_line(tmp_path, kind, entry, message):
     content = {"images": [], "annotations": [], "categories": [], kind: entry}
-    (tmp_path / "x.json").write_text(json.dumps(content))
+    (tmp_path / "instances_train.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=message) as error:
-        read_coco(tmp_path / "x.json", tmp_path, masks=True)
+        read_coco(tmp_path, "train", masks=True)
     assert "\n" not in str(error.value)
 
 
@@ -176,7 +179,7 @@ def test_boxes_and_masks_that_no_code_can_draw_are_left_out_and_counted(tmp_path
         instance(8, segmentation={"size": [40, 60], "counts": "zz~"}),
         instance(9, segmentation={"size": [40, 60], "counts": [2500, -100]}),
     ]
-    found = read_coco(*find_coco(write(tmp_path, [instance(1) | {"area": None}, *bad]), "train"), masks=True)
+    found = read_coco(write(tmp_path, [instance(1) | {"area": None}, *bad]), "train", masks=True)
     assert found.areas.tolist() == [400.0]
     assert {reason: count for reason, (count, _) in found.left_out.items() if "there" not in reason} == {
         "boxes that are not four numbers": 2, "masks that are neither polygons nor run lengths": 1,

@@ -24,36 +24,18 @@ _KEYS = {
 _WHOLE = {"images": ("id", "height", "width"), "annotations": ("image_id", "category_id"), "categories": ("id",)}
 
 
-def find_coco(folder: str | Path, split: str) -> tuple[Path, Path]:
-    """The annotations and the images of a split ("train", "val") below a folder.
+def read_coco(folder: str | Path, split: str, *, masks: bool) -> InstanceSet:
+    """The set of a split ("train", "val") below a folder, without the images that are not there and the instances that are none.
 
     Annotations: the one instances_SPLIT*.json in FOLDER/annotations or FOLDER. Images: FOLDER/SPLIT2017 where the file is
     instances_SPLIT2017.json, the same below FOLDER/images, FOLDER/images/{training,validation}, FOLDER/images or FOLDER: the first that
     holds an image that is listed.
-    Raises ValueError that tells what was looked for.
-    """
-    folder = Path(folder)
-    found = sorted({*folder.glob(f"annotations/instances_{split}*.json"), *folder.glob(f"instances_{split}*.json")})
-    if len(found) != 1:
-        there = ", ".join(path.name for path in found) or "none"
-        raise ValueError(f"{folder} should hold one annotations/instances_{split}*.json, as instances_{split}2017.json; there is: {there}")
-    inner = found[0].stem.removeprefix("instances_")
-    names = [str(image["file_name"]) for image in _read(found[0])["images"][:100]]
-    as_in_ade20k = {"train": "training", "val": "validation"}.get(split, split)
-    places = [folder / inner, *(folder / "images" / name for name in (inner, as_in_ade20k, "")), folder]
-    for place in places:
-        if files_in(place, names):
-            return found[0], place
-    raise ValueError(f"no image that {found[0]} lists first is in {', '.join(map(str, places))}; put its images into the first of these")
-
-
-def read_coco(annotations: Path, images: Path, *, masks: bool) -> InstanceSet:
-    """The set in an annotation file, without the images that are not there and the instances that are none.
-
     masks: keep them; an instance without a usable one is then left out. Category numbers may have gaps; labels are 1..K in their order.
-    Raises ValueError for a file that is none of COCO's instances, and where nothing is left.
+    Raises ValueError that tells what was looked for, for a file that is none of COCO's instances, and where nothing is left.
     """
+    annotations = _annotations_of(Path(folder), split)
     content = _read(annotations)
+    images = _images_of(Path(folder), split, annotations, content)
     categories = sorted(content["categories"], key=lambda category: category["id"])
     label_of = {category["id"]: label for label, category in enumerate(categories, 1)}
     if len(label_of) < len(categories):
@@ -66,8 +48,6 @@ def read_coco(annotations: Path, images: Path, *, masks: bool) -> InstanceSet:
             listed.append(image)
         else:
             tally.add("images that are not there", image["file_name"])
-    if not listed:
-        raise ValueError(f"none of the {len(content['images'])} images of {annotations} is in {images}")
     row_of = {image["id"]: row for row, image in enumerate(listed)}
     if len(row_of) < len(listed):
         raise ValueError(f"{annotations}: an image id stands twice")
@@ -104,6 +84,25 @@ def read_coco(annotations: Path, images: Path, *, masks: bool) -> InstanceSet:
         fingerprint=hashlib.sha256(annotations.read_bytes()).hexdigest()[:16],
         left_out=tally.cases,
     )
+
+
+def _annotations_of(folder: Path, split: str) -> Path:
+    found = sorted({*folder.glob(f"annotations/instances_{split}*.json"), *folder.glob(f"instances_{split}*.json")})
+    if len(found) != 1:
+        there = ", ".join(path.name for path in found) or "none"
+        raise ValueError(f"{folder} should hold one annotations/instances_{split}*.json, as instances_{split}2017.json; there is: {there}")
+    return found[0]
+
+
+def _images_of(folder: Path, split: str, annotations: Path, content: dict[str, Any]) -> Path:
+    inner = annotations.stem.removeprefix("instances_")
+    names = [str(image["file_name"]) for image in content["images"][:100]]
+    as_in_ade20k = {"train": "training", "val": "validation"}.get(split, split)
+    places = [folder / inner, *(folder / "images" / name for name in (inner, as_in_ade20k, "")), folder]
+    for place in places:
+        if files_in(place, names):
+            return place
+    raise ValueError(f"no image that {annotations} lists first is in {', '.join(map(str, places))}; put its images into the first of these")
 
 
 def _read(annotations: Path) -> dict[str, Any]:

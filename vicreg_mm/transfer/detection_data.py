@@ -16,7 +16,7 @@ from vicreg_mm.input.batches import OrderedBatches, PlannedBatches, TrainingData
 from vicreg_mm.input.decode import BadImage
 from vicreg_mm.input.plan import Plan
 from vicreg_mm.training_config import ConfigError
-from vicreg_mm.transfer.coco import find_coco, read_coco
+from vicreg_mm.transfer.coco import read_coco
 from vicreg_mm.transfer.detection import DetectionBatch
 from vicreg_mm.transfer.detection_config import BUILTIN_SCENES, DetectionConfig
 from vicreg_mm.transfer.detection_transforms import augment, fixed_size, scale_jitter, shortest_size
@@ -36,7 +36,7 @@ def open_sets(config: DetectionConfig) -> tuple[InstanceSet, InstanceSet]:
         folder = scene_folder()
     if config.data_format == "voc":
         return read_voc(folder, VOC_TRAIN), read_voc(folder, VOC_TEST)
-    train, test = (read_coco(*find_coco(folder, split), masks=masks) for split in ("train", "val"))
+    train, test = (read_coco(folder, split, masks=masks) for split in ("train", "val"))
     for what in ("category_ids", "classes"):
         ours, theirs = getattr(train, what), getattr(test, what)
         if ours != theirs:
