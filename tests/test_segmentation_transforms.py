@@ -87,3 +87,12 @@ def test_a_crop_of_no_pixels_and_a_ratio_backwards_are_refused():
         CropTransform(32, ratio=(2.0, 0.5))
     with pytest.raises(ValueError, match="crop"):
         CropTransform(0)
+
+
+def test_a_mask_stays_on_its_image_when_both_become_smaller():
+    """A white square on black, shrunk to a quarter: where the image is bright the mask is 1, on neither side half a pixel off."""
+    image, mask = np.zeros((128, 128, 3), np.uint8), np.zeros((128, 128), np.uint8)
+    image[33:65, 33:65], mask[33:65, 33:65] = 255, 1
+    plain = CropTransform(32, (32, 32), (1.0, 1.0), 1.0, 0.0, False)
+    pixels, classes = plain(image, mask, (0, 0, 0, 0))
+    assert torch.equal(classes == 1, pixels[0] > 127)

@@ -1,7 +1,8 @@
 """What a segmentation model is shown in training: an image and its mask, resized, cropped and flipped together, its colours distorted.
 
 Geometry through torchvision's v2 functionals on tv_tensors: images are resized bilinearly with antialiasing (mmsegmentation: without),
-masks take the nearest pixel. Every draw depends on (seed, epoch, shard, row) alone.
+masks take the pixel in which the middle of the new one lies (torchvision by itself and mmsegmentation that of its upper left corner, which
+moves masks by half a pixel). Every draw depends on (seed, epoch, shard, row) alone.
 Source of every number: mmsegmentation's ADE20K pipeline; the distortion is SSD's (arXiv:1512.02325) in its order.
 """
 
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torchvision import tv_tensors
+from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as v2
 
 from vicreg_mm.input.views import PhiloxKey
@@ -58,7 +60,7 @@ class CropTransform:
         height, width = mask.shape
         height, width = fitted_size(height, width, (self.scale[0] * factor, self.scale[1] * factor))
         pixels = v2.resize(tv_tensors.Image(torch.from_numpy(image).permute(2, 0, 1)), [height, width], antialias=True)
-        classes = v2.resize(tv_tensors.Mask(torch.from_numpy(mask)), [height, width])
+        classes = v2.resize(tv_tensors.Mask(torch.from_numpy(mask)), [height, width], InterpolationMode.NEAREST_EXACT)
         top, left = self._place(classes, draws)
         height, width = min(self.crop, height - top), min(self.crop, width - left)
         pixels, classes = v2.crop(pixels, top, left, height, width), v2.crop(classes, top, left, height, width)
