@@ -70,7 +70,7 @@ def test_no_detections_at_all_have_ap_0_and_no_objects_at_all_none():
 
 def test_a_set_of_which_no_image_can_be_read_is_an_error_that_names_the_first():
     batches = [DetectionBatch([], [], [], torch.tensor([]), 1, (f"{name}.png: damaged",)) for name in "ab"]
-    with pytest.raises(ValueError, match=r"none of the 2 images of made could be evaluated, the first: a\.png: damaged"):
+    with pytest.raises(ValueError, match=r"none of the 2 images of made can be read, the first: a\.png: damaged"):
         evaluate(torch.nn.Identity(), truth_of([ONE, ONE]), batches, torch.device("cpu"))
 
 

@@ -11,6 +11,7 @@ from vicreg_mm import distributed
 from vicreg_mm.encoder_file import open_encoder
 from vicreg_mm.evaluate import Measured, run_evaluation
 from vicreg_mm.evaluation.features import evaluating
+from vicreg_mm.evaluation.unreadable import leave_out
 from vicreg_mm.input.builtin_scenes import scene_folder
 from vicreg_mm.task_config import BUILTIN_SCENES
 from vicreg_mm.training_run import train_task
@@ -134,21 +135,8 @@ def score(
                 matrix += confusion_matrix(picture.mask.to(device), prediction, images.num_classes)
                 if folder is not None and picture.row in drawn:
                     _draw(folder, picture, prediction, images)
-    num_bad = _left_out(faults, len(images), device)
+    num_bad = leave_out(faults, len(images), "the evaluation", device)
     return SegmentationScores.of(distributed.sum_over_ranks(matrix)), num_bad
-
-
-def _left_out(faults: Sequence[str], num_images: int, device: torch.device) -> int:
-    """The number of images that cannot be read, on all ranks, said with the first of them. Raises ValueError where those are all."""
-    num_bad = sum(distributed.exchange_counts(len(faults), device))
-    if num_bad:
-        parts = distributed.gather_objects(faults[:1]) or []
-        first = distributed.broadcast_object(next((message for part in parts for message in part), ""))
-        if num_bad == num_images:
-            raise ValueError(f"none of the {num_images} images of the evaluation can be read, the first: {first}")
-        if distributed.is_main():
-            print(f"left out {num_bad} of {num_images} images of the evaluation, which cannot be read, the first: {first}", flush=True)
-    return num_bad
 
 
 def _draw(folder: Path, picture: Picture, prediction: torch.Tensor, images: MaskedImages) -> None:

@@ -82,6 +82,7 @@ class Detector(nn.Module):
         self.rpn_loss_weight = rpn_loss_weight
 
     def forward(self, batch: DetectionBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of this rank's images uint8 [3, h, w] of any sides, and its parts to log; needs `targets` and training mode."""
         images, targets, weight = batch.images, batch.targets, 1.0
         if not images:
             images, targets, weight = *self._blank(batch.rows.device), 0.0

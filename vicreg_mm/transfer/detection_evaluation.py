@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vicreg_mm import distributed
 from vicreg_mm.evaluation.features import evaluating
+from vicreg_mm.evaluation.unreadable import leave_out
 from vicreg_mm.input.batches import OrderedBatches
 from vicreg_mm.transfer.average_precision import (
     Detections,
@@ -60,20 +61,13 @@ def evaluate(
     Raises ValueError where none could be read.
     """
     own, bad = find(detector, batches, device)
-    found, faults = gather_detections(own), distributed.gather_objects(bad)
+    num_bad = leave_out(bad, len(images), images.source, device)
+    found = gather_detections(own)
     result: dict[str, float] = {}
-    first = ""
-    if found is not None and faults is not None:
-        messages = [message for part in faults for message in part]
-        first = messages[0] if messages else "there are none"
-        if messages and found:
-            print(f"{len(messages)} images could not be evaluated, the first: {first}", flush=True)
+    if found is not None:
         metrics = voc_average_precision(images, found) if rules == "voc" else coco_average_precision(images, found)
-        result = {**metrics, "num_images": len(found), "num_bad_records": len(messages)}
-    result, first = distributed.broadcast_object((result, first))
-    if not result["num_images"]:
-        raise ValueError(f"none of the {len(images)} images of {images.source} could be evaluated, the first: {first}")
-    return result, found
+        result = {**metrics, "num_images": len(found), "num_bad_records": num_bad}
+    return distributed.broadcast_object(result), found
 
 
 def write_detections(path: Path, images: InstanceSet, found: Sequence[Detections]) -> None:
